@@ -1,0 +1,1 @@
+"""Alembic migrations: `skipline migrate` brings the database to the newest schema."""

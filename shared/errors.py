@@ -1,0 +1,155 @@
+"""The two error trees: `AppError` becomes a problem document, `TrainingError` is stored on its job.
+
+Messages say what is the case, hints what to do next. Neither ever holds a path of the server's.
+"""
+
+from __future__ import annotations
+
+
+class AppError(Exception):
+    """An error that a client caused or can act on. `code` is stable; `status` is HTTP's."""
+
+    status = 500
+    code = "internal_error"
+    title = "Something went wrong"
+
+    def __init__(self, detail: str, *, errors: list[dict[str, str]] | None = None) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.errors = errors or []
+
+
+class InvalidInput(AppError):
+    """The request is understood and cannot be carried out; `errors` names the keys."""
+
+    status = 422
+    code = "invalid_input"
+    title = "The request holds invalid values"
+
+
+class UnknownDataset(InvalidInput):
+    code = "unknown_dataset"
+    title = "There is no such dataset"
+
+
+class PathNotAllowed(InvalidInput):
+    code = "path_not_allowed"
+    title = "Datasets are not read from there"
+
+
+class BadImage(InvalidInput):
+    """Bytes that are no image of an allowed format, or do not decode to their end."""
+
+    code = "bad_image"
+    title = "This is not an image that can be read"
+
+
+class ImageTooLarge(AppError):
+    status = 413
+    code = "image_too_large"
+    title = "The image has too many pixels"
+
+
+class BodyTooLarge(AppError):
+    status = 413
+    code = "body_too_large"
+    title = "The request is too large"
+
+
+class MalformedBody(AppError):
+    """The body is not in the format that its content type names."""
+
+    status = 400
+    code = "malformed_body"
+    title = "The request cannot be read"
+
+
+class MalformedJson(MalformedBody):
+    code = "malformed_json"
+
+
+class UnsupportedMediaType(AppError):
+    status = 415
+    code = "unsupported_media_type"
+    title = "The request has the wrong content type"
+
+
+class NotFound(AppError):
+    status = 404
+    code = "not_found"
+    title = "There is no such thing"
+
+
+class JobNotFound(NotFound):
+    code = "job_not_found"
+    title = "There is no such job"
+
+
+class DatasetNotFound(NotFound):
+    code = "dataset_not_found"
+    title = "There is no such dataset"
+
+
+class ModelNotFound(NotFound):
+    code = "model_not_found"
+    title = "There is no such model"
+
+
+class ReportNotReady(NotFound):
+    code = "report_not_ready"
+    title = "The job has no report yet"
+
+
+class Conflict(AppError):
+    status = 409
+    code = "conflict"
+    title = "The state does not allow this"
+
+
+class IllegalTransition(Conflict):
+    code = "illegal_transition"
+    title = "The job's state does not allow this"
+
+
+class NoCheckpointYet(Conflict):
+    code = "no_checkpoint_yet"
+    title = "The job has no checkpoint yet"
+
+
+class CheckpointCorrupt(Conflict):
+    code = "checkpoint_corrupt"
+    title = "The checkpoint is damaged"
+
+
+class Unauthorized(AppError):
+    status = 401
+    code = "unauthorized"
+    title = "A valid key is needed"
+
+
+class TooBusy(AppError):
+    status = 429
+    code = "too_busy"
+    title = "Too much is waiting"
+
+
+class TooManyStreams(TooBusy):
+    code = "too_many_streams"
+
+
+class TooManyJobs(TooBusy):
+    code = "too_many_jobs"
+
+
+class SetupError(Exception):
+    """The service cannot start or go on as it is set up: one line that says what to do."""
+
+
+class TrainingError(Exception):
+    """Why a job failed, as its `error` says it. Blind repetition would fail again."""
+
+    def __init__(self, code: str, message: str, hint: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.hint = hint

@@ -1,0 +1,597 @@
+"""Every query that is not a change of status. Functions work within the caller's transaction;
+writes of a worker take a `Fence` and raise `Superseded` when it does not hold any more."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal
+
+import uuid_utils
+from sqlalchemy import ColumnElement, delete, func, insert, select, update
+from sqlalchemy.orm import Session
+
+from shared import lifecycle
+from shared.database import db_now
+from shared.errors import (
+    InvalidInput,
+    JobNotFound,
+    ModelNotFound,
+    NoCheckpointYet,
+    ReportNotReady,
+    UnknownDataset,
+)
+from shared.lifecycle import Fence, Superseded, holds
+from shared.tables import Checkpoint, Dataset, Event, Job, MetricPoint, Report
+from skipline import schemas
+from skipline.catalog import BUILTIN_DATASETS, DatasetFacts
+from skipline.schemas import JobStatus
+from skipline.specs import AnySpec, dump_spec
+
+REWIND = "rewind"
+"""The reserved name of a metric row that tells readers to go back."""
+
+
+def new_id() -> str:
+    """A UUIDv7: opaque to clients, and sorted by time for the database's indexes."""
+    return str(uuid_utils.uuid7())
+
+
+# ---------------------------------------------------------------------------------------- jobs
+
+
+def add_job(
+    session: Session,
+    spec: AnySpec,
+    *,
+    dataset_id: str | None = None,
+    checkpoint_id: str | None = None,
+) -> Job:
+    """Stores a resolved spec as a queued job."""
+    resources = getattr(spec, "resources", None)
+    job = Job(
+        id=new_id(),
+        kind=spec.kind,
+        name=spec.name,
+        status=JobStatus.queued,
+        spec=dump_spec(spec),
+        device=resources.device if resources else "auto",
+        dataset_id=dataset_id,
+        checkpoint_id=checkpoint_id,
+        created_at=session.scalar(select(db_now())),
+    )
+    session.add(job)
+    session.flush()
+    lifecycle.record(session, job.id, "info", "created", f"Stored as a job of kind {spec.kind}")
+    return job
+
+
+def get_job(session: Session, job_id: str) -> Job:
+    """Raises `JobNotFound`."""
+    job = session.get(Job, job_id, populate_existing=True)
+    if job is None:
+        raise JobNotFound(f"There is no job {job_id}")
+    return job
+
+
+def list_jobs(
+    session: Session,
+    *,
+    status: JobStatus | None,
+    kind: schemas.JobKind | None,
+    limit: int,
+    after: str | None,
+) -> tuple[list[Job], str | None]:
+    """Jobs, newest first, with the cursor of the next page. A cursor is the last job's id."""
+    query = select(Job).order_by(Job.created_at.desc(), Job.id.desc()).limit(limit + 1)
+    if status is not None:
+        query = query.where(Job.status == status)
+    if kind is not None:
+        query = query.where(Job.kind == kind)
+    if after is not None:
+        query = query.where(_before_cursor(session, Job, after))
+    return _page(list(session.scalars(query)), limit)
+
+
+def _before_cursor(session: Session, table: type[Any], after: str) -> ColumnElement[bool]:
+    created_at = session.scalar(select(table.created_at).where(table.id == after))
+    if created_at is None:
+        raise InvalidInput(
+            "The cursor is unknown",
+            errors=[{"loc": "after", "message": "Take `next` of the page before"}],
+        )
+    return _before(table, created_at, after)
+
+
+def _before(table: type[Any], created_at: datetime, row_id: str) -> ColumnElement[bool]:
+    """The rows that come before this place in the order (created_at, id)."""
+    same_time: ColumnElement[bool] = (table.created_at == created_at) & (table.id < row_id)
+    earlier: ColumnElement[bool] = table.created_at < created_at
+    return earlier | same_time
+
+
+def _page(rows: list[Any], limit: int) -> tuple[list[Any], str | None]:
+    return rows[:limit], rows[limit - 1].id if len(rows) > limit else None
+
+
+def num_queued(session: Session) -> int:
+    """How many jobs wait for a worker."""
+    count = select(func.count()).select_from(Job).where(Job.status == JobStatus.queued)
+    return session.scalar(count) or 0
+
+
+def queue_positions(session: Session, jobs: Collection[Job]) -> dict[str, int]:
+    """For each queued job of `jobs`: 1 for the next one to run, and so on."""
+    positions = {}
+    for job in jobs:
+        if job.status == JobStatus.queued:
+            ahead = (
+                select(func.count())
+                .select_from(Job)
+                .where(Job.status == JobStatus.queued)
+                .where(_before(Job, job.created_at, job.id))
+            )
+            positions[job.id] = (session.scalar(ahead) or 0) + 1
+    return positions
+
+
+def job_document(job: Job, queue_position: int | None) -> schemas.Job:
+    """The job as clients see it."""
+    return schemas.Job(
+        id=job.id,
+        kind=schemas.JobKind(job.kind),
+        name=job.name,
+        status=JobStatus(job.status),
+        spec=job.spec,
+        attempt=job.attempt,
+        progress=schemas.Progress(**job.progress) if job.progress else None,
+        queue_position=queue_position,
+        created_at=job.created_at,
+        started_at=job.started_at,
+        finished_at=job.finished_at,
+        result=job.result,
+        error=schemas.JobError(**job.error) if job.error else None,
+        stop_reason=job.stop_reason,
+        parent_id=None,
+    )
+
+
+@dataclass(frozen=True)
+class Orders:
+    """What a supervisor asks each second about its job."""
+
+    status: JobStatus
+    idle_seconds: float
+    """Since the last sign of progress, by the database's clock."""
+
+
+def read_orders(session: Session, fence: Fence) -> Orders | None:
+    """None when the job is no longer this attempt's."""
+    row = session.execute(
+        select(Job.status, Job.progress_at, db_now()).where(holds(fence))
+    ).one_or_none()
+    if row is None:
+        return None
+    status, progress_at, now = row
+    assert progress_at is not None, "a claim sets it"
+    return Orders(JobStatus(status), (now - progress_at).total_seconds())
+
+
+def store_runtime(session: Session, fence: Fence, runtime: Mapping[str, Any]) -> None:
+    """Keeps what `auto` chose, for the attempts to come. Raises `Superseded`."""
+    _update_owned(session, fence, runtime=dict(runtime))
+
+
+def store_dataset_id(session: Session, fence: Fence, dataset_id: str) -> None:
+    """Notes which dataset a name stood for. Raises `Superseded`."""
+    _update_owned(session, fence, dataset_id=dataset_id)
+
+
+def _update_owned(session: Session, fence: Fence, **values: Any) -> None:
+    result = session.connection().execute(update(Job).where(holds(fence)).values(**values))
+    if result.rowcount != 1:
+        raise Superseded(fence.job_id)
+
+
+# ------------------------------------------------------------------------------------- metrics
+
+
+@dataclass(frozen=True)
+class NewPoint:
+    """A metric as a trainer hands it in; the writer numbers it."""
+
+    name: str
+    step: int
+    epoch: int
+    value: float
+
+
+def write_progress(
+    session: Session,
+    fence: Fence,
+    progress: Mapping[str, Any] | None,
+    points: Sequence[NewPoint] = (),
+) -> None:
+    """Stores progress and points in one go. The UPDATE both checks the fence and reserves the
+    points' numbers, under the row's lock: numbers have no gap and follow the order of commits.
+
+    Raises:
+        Superseded: the job is no longer this attempt's; nothing is written.
+    """
+    values: dict[str, Any] = {"last_point": Job.last_point + len(points), "progress_at": db_now()}
+    if progress is not None:
+        values["progress"] = dict(progress)
+    last = (
+        session.connection()
+        .execute(update(Job).where(holds(fence)).values(**values).returning(Job.last_point))
+        .scalar_one_or_none()
+    )
+    if last is None:
+        raise Superseded(fence.job_id)
+    _insert_points(session, fence, last - len(points), points)
+
+
+def _insert_points(session: Session, fence: Fence, last: int, points: Sequence[NewPoint]) -> None:
+    if not points:
+        return
+    now = session.scalar(select(db_now()))
+    rows = [
+        {
+            "job_id": fence.job_id,
+            "number": number,
+            "attempt": fence.attempt,
+            "name": point.name,
+            "step": point.step,
+            "epoch": point.epoch,
+            "value": point.value,
+            "time": now,
+        }
+        for number, point in enumerate(points, last + 1)
+    ]
+    session.connection().execute(insert(MetricPoint), rows)
+
+
+def rewind(session: Session, fence: Fence, *, last_point: int, step: int, epoch: int) -> None:
+    """Drops the points numbered above `last_point`, those after `step`, which this attempt will
+    write anew, and tells readers so. Does nothing when there are none. Raises `Superseded`."""
+    _update_owned(session, fence, progress_at=db_now())
+    later = (MetricPoint.job_id == fence.job_id) & (MetricPoint.number > last_point)
+    dropped = session.connection().execute(delete(MetricPoint).where(later))
+    if dropped.rowcount == 0:
+        return
+    number = session.connection().execute(
+        update(Job)
+        .where(Job.id == fence.job_id)
+        .values(last_point=Job.last_point + 1)
+        .returning(Job.last_point)
+    )
+    session.connection().execute(
+        insert(MetricPoint).values(
+            job_id=fence.job_id,
+            number=number.scalar_one(),
+            attempt=fence.attempt,
+            name=REWIND,
+            step=step,
+            epoch=epoch,
+            value=None,
+            time=db_now(),
+        )
+    )
+
+
+def missing_points(session: Session, fence: Fence, points: Sequence[NewPoint]) -> list[NewPoint]:
+    """Those of `points` that are not stored yet: for a writer whose commit was not answered."""
+    query = select(MetricPoint.name, MetricPoint.step).where(
+        MetricPoint.job_id == fence.job_id,
+        MetricPoint.attempt == fence.attempt,
+        MetricPoint.step.in_({point.step for point in points}),
+    )
+    stored = {(name, step) for name, step in session.execute(query)}
+    return [point for point in points if (point.name, point.step) not in stored]
+
+
+def series(
+    session: Session,
+    job_id: str,
+    *,
+    names: Collection[str] | None,
+    after: int,
+    limit: int,
+) -> tuple[dict[str, list[schemas.MetricPoint]], int | None]:
+    """Points numbered above `after`, by name and in their order, `limit` at most; with the
+    number of the last one that was looked at, None when there was none."""
+    query = (
+        select(MetricPoint)
+        .where(MetricPoint.job_id == job_id, MetricPoint.number > after)
+        .where(MetricPoint.name != REWIND)
+        .order_by(MetricPoint.number)
+        .limit(limit)
+    )
+    if names is not None:
+        query = query.where(MetricPoint.name.in_(names))
+    answer: dict[str, list[schemas.MetricPoint]] = {}
+    last = None
+    for row in session.scalars(query):
+        last = row.number
+        assert row.value is not None
+        point = schemas.MetricPoint(step=row.step, epoch=row.epoch, value=row.value, time=row.time)
+        answer.setdefault(row.name, []).append(point)
+    return answer, last
+
+
+def points_after(session: Session, cursors: Mapping[str, int], limit: int) -> list[MetricPoint]:
+    """The rows of many jobs that come after each job's cursor, rewinds among them, ordered by
+    (job, number), in one query; `limit` rows at most."""
+    if not cursors:
+        return []
+    wanted = [
+        (MetricPoint.job_id == job_id) & (MetricPoint.number > number)
+        for job_id, number in cursors.items()
+    ]
+    condition = wanted[0]
+    for other in wanted[1:]:
+        condition = condition | other
+    query = select(MetricPoint).where(condition)
+    return list(
+        session.scalars(query.order_by(MetricPoint.job_id, MetricPoint.number).limit(limit))
+    )
+
+
+def statuses(session: Session, job_ids: Collection[str]) -> dict[str, JobStatus]:
+    """The status of each of these jobs that exists."""
+    rows = session.execute(select(Job.id, Job.status).where(Job.id.in_(job_ids)))
+    return {job_id: JobStatus(status) for job_id, status in rows}
+
+
+def last_points(session: Session, job_ids: Collection[str]) -> dict[str, tuple[JobStatus, int]]:
+    """For each of these jobs: its status, and the number of its last point."""
+    rows = session.execute(select(Job.id, Job.status, Job.last_point).where(Job.id.in_(job_ids)))
+    return {job_id: (JobStatus(status), last) for job_id, status, last in rows}
+
+
+# -------------------------------------------------------------------------------------- events
+
+
+def add_event(
+    session: Session, fence: Fence, level: str, type_: str, message: str, data: dict[str, Any]
+) -> None:
+    """Raises `Superseded`."""
+    _update_owned(session, fence, progress_at=Job.progress_at)
+    lifecycle.record(session, fence.job_id, level, type_, message, data)
+
+
+def list_events(session: Session, job_id: str) -> list[Event]:
+    """What happened to the job, in order."""
+    query = select(Event).where(Event.job_id == job_id).order_by(Event.number)
+    return list(session.scalars(query))
+
+
+# --------------------------------------------------------------------------------- checkpoints
+
+
+def register_checkpoint(
+    session: Session,
+    fence: Fence,
+    *,
+    kinds: Sequence[Literal["best", "last", "epoch"]],
+    key: str,
+    epoch: int,
+    step: int,
+    metrics: Mapping[str, float],
+    num_bytes: int,
+) -> None:
+    """Makes a complete checkpoint visible: a row for each of its kinds. A new checkpoint ends a
+    row of crashes.
+
+    Raises:
+        Superseded: the job is no longer this attempt's; nothing is written.
+    """
+    _update_owned(session, fence, crashes=0)
+    now, last_point = session.execute(
+        select(db_now(), Job.last_point).where(Job.id == fence.job_id)
+    ).one()
+    for kind in kinds:
+        session.add(
+            Checkpoint(
+                id=new_id(),
+                job_id=fence.job_id,
+                attempt=fence.attempt,
+                kind=kind,
+                epoch=epoch,
+                step=step,
+                metrics=dict(metrics),
+                last_point=last_point,
+                num_bytes=num_bytes,
+                key=key,
+                created_at=now,
+            )
+        )
+    session.flush()
+
+
+def retire_checkpoints(session: Session, job_id: str, keep: Mapping[str, int]) -> list[str]:
+    """Drops the rows beyond `keep[kind]` newest of each kind, but for those that an unfinished
+    evaluation needs. Returns the keys that no row names any more: their files can go."""
+    needed = select(Job.checkpoint_id).where(
+        Job.checkpoint_id.is_not(None),
+        Job.status.not_in([status for status in JobStatus if status.is_terminal]),
+    )
+    dropped: set[str] = set()
+    for kind, num_kept in keep.items():
+        newest_first = (
+            select(Checkpoint)
+            .where(Checkpoint.job_id == job_id, Checkpoint.kind == kind)
+            .order_by(Checkpoint.step.desc(), Checkpoint.id.desc())
+        )
+        needed_ids = set(session.scalars(needed))
+        for row in list(session.scalars(newest_first))[num_kept:]:
+            if row.id not in needed_ids:
+                dropped.add(row.key)
+                session.delete(row)
+    session.flush()
+    query = select(Checkpoint.key).where(Checkpoint.job_id == job_id, Checkpoint.key.in_(dropped))
+    return sorted(dropped - set(session.scalars(query)))
+
+
+def registered_keys(session: Session, job_id: str) -> set[str]:
+    """The storage keys of this job that a row names: its checkpoints and datasets."""
+    checkpoints = select(Checkpoint.key).where(Checkpoint.job_id == job_id)
+    datasets = select(Dataset.key).where(Dataset.key.startswith(f"datasets/{job_id}/"))
+    return {*session.scalars(checkpoints), *session.scalars(datasets)}
+
+
+def forget_checkpoints_after(session: Session, fence: Fence, step: int) -> list[str]:
+    """Drops checkpoints later than `step`, which a resumed attempt writes anew. Returns the keys
+    whose files can go. Raises `Superseded`."""
+    _update_owned(session, fence, progress_at=db_now())
+    later = (Checkpoint.job_id == fence.job_id) & (Checkpoint.step > step)
+    keys = sorted(set(session.scalars(select(Checkpoint.key).where(later))))
+    session.connection().execute(delete(Checkpoint).where(later))
+    return keys
+
+
+def list_checkpoints(session: Session, job_id: str) -> list[Checkpoint]:
+    """The job's checkpoints, newest first."""
+    query = (
+        select(Checkpoint)
+        .where(Checkpoint.job_id == job_id)
+        .order_by(Checkpoint.step.desc(), Checkpoint.kind)
+    )
+    return list(session.scalars(query))
+
+
+def checkpoint_document(row: Checkpoint) -> schemas.Checkpoint:
+    """The checkpoint as clients see it."""
+    return schemas.Checkpoint(
+        id=row.id,
+        kind=row.kind,
+        epoch=row.epoch,
+        step=row.step,
+        metrics=row.metrics,
+        num_bytes=row.num_bytes,
+        created_at=row.created_at,
+    )
+
+
+def find_model(session: Session, reference: str) -> Checkpoint:
+    """The checkpoint that a client means: by its own id, or by its job's, which stands for the
+    best one, else the last.
+
+    Raises:
+        ModelNotFound: neither a checkpoint nor a job.
+        NoCheckpointYet: a job that has written none.
+    """
+    row = session.get(Checkpoint, reference)
+    if row is not None:
+        return row
+    job = session.get(Job, reference)
+    if job is None:
+        raise ModelNotFound(f"There is neither a job nor a checkpoint {reference[:64]}")
+    rows = list_checkpoints(session, reference)
+    for kind in ("best", "last", "epoch"):
+        for row in rows:
+            if row.kind == kind:
+                return row
+    detail = "Wait for its first checkpoint, at the end of an epoch"
+    if JobStatus(job.status).is_terminal or job.kind != "train":
+        detail = "It will have none: name a training that has succeeded"
+    raise NoCheckpointYet(f"The job {job.id} has no checkpoint. {detail}")
+
+
+# -------------------------------------------------------------------------------------- reports
+
+
+def add_report(session: Session, job_id: str, report: schemas.Report) -> None:
+    """Stores the report of a job that is about to finish, in the same transaction."""
+    session.add(Report(job_id=job_id, document=report.model_dump(mode="json")))
+    session.flush()
+
+
+def get_report(session: Session, job_id: str) -> schemas.Report:
+    """Raises `JobNotFound`, or `ReportNotReady`."""
+    job = get_job(session, job_id)
+    report = session.get(Report, job_id)
+    if report is None:
+        raise ReportNotReady(f"The job is {job.status}; a report is written when it succeeds")
+    return schemas.Report.model_validate(report.document)
+
+
+# ------------------------------------------------------------------------------------- datasets
+
+
+def add_dataset(session: Session, **values: Any) -> Dataset:
+    """Stores a dataset, or finds the one with the same hash: the same images are one dataset,
+    under their latest name."""
+    existing = session.scalar(select(Dataset).where(Dataset.hash == values["hash"]))
+    if existing is not None:
+        if existing.name not in BUILTIN_DATASETS:
+            existing.name = values["name"]
+        return existing
+    dataset = Dataset(created_at=session.scalar(select(db_now())), **values)
+    session.add(dataset)
+    session.flush()
+    return dataset
+
+
+def list_datasets(
+    session: Session, *, limit: int, after: str | None
+) -> tuple[list[Dataset], str | None]:
+    """Datasets, newest first, with the cursor of the next page."""
+    query = select(Dataset).order_by(Dataset.created_at.desc(), Dataset.id.desc()).limit(limit + 1)
+    if after is not None:
+        query = query.where(_before_cursor(session, Dataset, after))
+    return _page(list(session.scalars(query)), limit)
+
+
+def find_dataset(session: Session, reference: str) -> Dataset | None:
+    """The dataset with this id, else the newest one of this name."""
+    by_name = (
+        select(Dataset)
+        .where(Dataset.name == reference)
+        .order_by(Dataset.created_at.desc(), Dataset.id.desc())
+        .limit(1)
+    )
+    return session.get(Dataset, reference) or session.scalar(by_name)
+
+
+def dataset_facts(session: Session, reference: str) -> tuple[DatasetFacts, str | None]:
+    """What is known of a dataset that a spec names, with its id; a built-in that was not used
+    yet is known from the catalog and has none.
+
+    Raises:
+        UnknownDataset: neither stored nor built in.
+    """
+    dataset = find_dataset(session, reference)
+    if dataset is not None:
+        facts = DatasetFacts(
+            name=dataset.name,
+            classes=tuple(dataset.classes),
+            image_size=dataset.image_size,
+            splits={name: split["num_images"] for name, split in dataset.splits.items()},
+        )
+        return facts, dataset.id
+    if reference in BUILTIN_DATASETS:
+        return BUILTIN_DATASETS[reference], None
+    builtin = ", ".join(BUILTIN_DATASETS)
+    raise UnknownDataset(
+        f"There is no dataset {reference!r}. Add it with POST /datasets, or use one of: {builtin}",
+        errors=[{"loc": "dataset", "message": "Neither a stored dataset nor a built-in"}],
+    )
+
+
+def dataset_document(row: Dataset) -> schemas.Dataset:
+    """The dataset as clients see it."""
+    return schemas.Dataset(
+        id=row.id,
+        name=row.name,
+        hash=row.hash,
+        num_classes=len(row.classes),
+        classes=row.classes,
+        splits={name: schemas.SplitInfo(**split) for name, split in row.splits.items()},
+        image_size=row.image_size,
+        channel_mean=row.channel_mean,
+        channel_std=row.channel_std,
+        problems=[schemas.Problem(**problem) for problem in row.problems],
+        created_at=row.created_at,
+    )

@@ -1,0 +1,185 @@
+"""The rows. SQLAlchemy 2 style; relations are never loaded behind one's back because there are
+none: `shared.repository` joins where it must."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    ForeignKey,
+    Index,
+    MetaData,
+    String,
+    UniqueConstraint,
+)
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from shared.database import Timestamp
+
+ID = String(64)
+
+
+class Base(DeclarativeBase):
+    """Names every constraint, so that migrations can name them too."""
+
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+    type_annotation_map = {  # noqa: RUF012 - SQLAlchemy's own declaration
+        datetime: Timestamp,
+        dict[str, Any]: JSON(none_as_null=True),
+        list[Any]: JSON(none_as_null=True),
+    }
+
+
+class Job(Base):
+    """A job and who owns it now. `attempt`, `owner` and `lease_until` are the fence: a worker's
+    write lands only while they are its own."""
+
+    __tablename__ = "jobs"
+    __table_args__ = (
+        Index(None, "status", "created_at", "id"),
+        Index(None, "created_at", "id"),
+    )
+
+    id: Mapped[str] = mapped_column(ID, primary_key=True)
+    kind: Mapped[str] = mapped_column(String(16))
+    name: Mapped[str | None] = mapped_column(String(200))
+    status: Mapped[str] = mapped_column(String(16))
+    spec: Mapped[dict[str, Any]]
+    device: Mapped[str] = mapped_column(String(16))
+    """`resources.device` of the spec, for claiming by what a worker has."""
+    dataset_id: Mapped[str | None] = mapped_column(ID)
+    checkpoint_id: Mapped[str | None] = mapped_column(ID)
+    """The checkpoint that an evaluation needs; it is kept as long as the job is not over."""
+    runtime: Mapped[dict[str, Any] | None]
+    """What `auto` chose at the first attempt; a resumed one keeps it."""
+
+    attempt: Mapped[int] = mapped_column(default=0)
+    crashes: Mapped[int] = mapped_column(default=0)
+    """Crashed attempts in a row that registered no checkpoint."""
+    owner: Mapped[str | None] = mapped_column(ID)
+    host: Mapped[str | None] = mapped_column(String(255))
+    lease_until: Mapped[datetime | None]
+
+    progress: Mapped[dict[str, Any] | None]
+    progress_at: Mapped[datetime | None]
+    last_point: Mapped[int] = mapped_column(BigInteger, default=0)
+    last_event: Mapped[int] = mapped_column(BigInteger, default=0)
+
+    result: Mapped[dict[str, Any] | None]
+    error: Mapped[dict[str, Any] | None]
+    stop_reason: Mapped[str | None] = mapped_column(String(16))
+    created_at: Mapped[datetime]
+    started_at: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None]
+
+
+class Attempt(Base):
+    """One try of one worker at a job, and how it ended."""
+
+    __tablename__ = "attempts"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True)
+    owner: Mapped[str] = mapped_column(ID)
+    host: Mapped[str] = mapped_column(String(255))
+    started_at: Mapped[datetime]
+    ended_at: Mapped[datetime | None]
+    outcome: Mapped[str | None] = mapped_column(String(16))
+    """succeeded, failed, cancelled, released or lost."""
+    reason: Mapped[str | None] = mapped_column(String(4000))
+
+
+class MetricPoint(Base):
+    """A point of a job's series, numbered within the job without a gap by its writer.
+
+    A row named `rewind` tells readers to drop what they have after `step`; those points are gone
+    from the table by then.
+    """
+
+    __tablename__ = "metric_points"
+    __table_args__ = (UniqueConstraint("job_id", "attempt", "name", "step"),)
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    number: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+    attempt: Mapped[int]
+    name: Mapped[str] = mapped_column(String(64))
+    step: Mapped[int] = mapped_column(BigInteger)
+    epoch: Mapped[int]
+    value: Mapped[float | None]
+    time: Mapped[datetime]
+
+
+class Event(Base):
+    """What happened to a job, a line each."""
+
+    __tablename__ = "events"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    number: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+    attempt: Mapped[int]
+    level: Mapped[str] = mapped_column(String(16))
+    type: Mapped[str] = mapped_column(String(64))
+    message: Mapped[str] = mapped_column(String(4000))
+    data: Mapped[dict[str, Any]]
+    time: Mapped[datetime]
+
+
+class Checkpoint(Base):
+    """A complete checkpoint in the storage below `key`. Two rows, `best` and `last`, may share
+    one key."""
+
+    __tablename__ = "checkpoints"
+    __table_args__ = (Index(None, "job_id", "kind", "step"),)
+
+    id: Mapped[str] = mapped_column(ID, primary_key=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
+    attempt: Mapped[int]
+    kind: Mapped[str] = mapped_column(String(16))
+    epoch: Mapped[int]
+    step: Mapped[int] = mapped_column(BigInteger)
+    metrics: Mapped[dict[str, Any]]
+    last_point: Mapped[int] = mapped_column(BigInteger)
+    """The number of the job's last metric point when this was registered: resuming from here
+    drops the later ones."""
+    num_bytes: Mapped[int] = mapped_column(BigInteger)
+    key: Mapped[str] = mapped_column(String(255))
+    created_at: Mapped[datetime]
+
+
+class Dataset(Base):
+    """An immutable dataset; its images lie in the storage below `key`."""
+
+    __tablename__ = "datasets"
+    __table_args__ = (UniqueConstraint("hash"), Index(None, "name", "created_at"))
+
+    id: Mapped[str] = mapped_column(ID, primary_key=True)
+    name: Mapped[str] = mapped_column(String(200))
+    hash: Mapped[str] = mapped_column(String(64))
+    classes: Mapped[list[Any]]
+    splits: Mapped[dict[str, Any]]
+    image_size: Mapped[int]
+    channel_mean: Mapped[list[Any]]
+    channel_std: Mapped[list[Any]]
+    problems: Mapped[list[Any]]
+    num_bytes: Mapped[int] = mapped_column(BigInteger)
+    key: Mapped[str] = mapped_column(String(255))
+    created_at: Mapped[datetime]
+
+
+class Report(Base):
+    """The report of an evaluation, or of the end of a training."""
+
+    __tablename__ = "reports"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    document: Mapped[dict[str, Any]]

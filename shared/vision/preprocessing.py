@@ -1,0 +1,145 @@
+"""From a file's bytes to what a network sees: the same for packing, training and prediction.
+
+    bytes --decode_image--> RGB picture --to_square--> uint8 [S, S, 3] --Normalizer--> [B, 3, S, S]
+
+The first two steps run on single images, the last on a batch on its device. This file knows
+nothing of datasets or networks.
+"""
+
+from __future__ import annotations
+
+import warnings
+from io import BytesIO
+from typing import Annotated
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import ExifTags, Image
+from PIL.Image import Resampling, Transpose
+from pydantic import BaseModel, ConfigDict, Field
+
+from shared.errors import BadImage, ImageTooLarge
+
+IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF")
+"""Formats that are decoded; no other decoder ever sees a client's bytes."""
+
+_TO_UPRIGHT = {
+    2: Transpose.FLIP_LEFT_RIGHT,
+    3: Transpose.ROTATE_180,
+    4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270,
+    7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90,
+}
+"""What undoes each value of EXIF's Orientation; 1 is upright."""
+
+
+def decode_image(data: bytes, max_pixels: int) -> Image.Image:
+    """Decodes a file into an upright RGB picture.
+
+    The EXIF orientation is applied; transparent pixels are laid over white; 16-bit grey is scaled
+    to 8 bits; CMYK and palettes are converted; of an animation the first frame is taken.
+
+    Raises:
+        BadImage: no image of `IMAGE_FORMATS`, or one that does not decode to its end.
+        ImageTooLarge: more than `max_pixels` by its header; nothing was decoded.
+    """
+    if not data:
+        raise BadImage("The file is empty")
+    with warnings.catch_warnings():
+        # Pillow warns of odd metadata and of large pictures. The first does not concern the
+        # pixels, the second is decided here.
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        picture = _open(data, max_pixels)
+        try:
+            picture.load()
+            return _to_rgb(_turn_upright(picture))
+        except BadImage:
+            raise
+        except Exception as error:  # damaged bytes make decoders raise nearly anything
+            raise BadImage(f"The {picture.format} image is damaged or truncated") from error
+
+
+def _open(data: bytes, max_pixels: int) -> Image.Image:
+    """Reads the header only."""
+    try:
+        picture = Image.open(BytesIO(data), formats=IMAGE_FORMATS)
+    except Image.DecompressionBombError as error:
+        raise ImageTooLarge(f"More than the {max_pixels:,} pixels that are allowed") from error
+    except Exception as error:
+        raise BadImage(f"Not an image that can be read: {', '.join(IMAGE_FORMATS)}") from error
+    width, height = picture.size
+    if width * height > max_pixels:
+        raise ImageTooLarge(f"{width} x {height} is more than {max_pixels:,} pixels")
+    if width * height == 0:
+        raise BadImage("The image has no pixels")
+    return picture
+
+
+def _turn_upright(picture: Image.Image) -> Image.Image:
+    transpose = _TO_UPRIGHT.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
+    return picture if transpose is None else picture.transpose(transpose)
+
+
+def _to_rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode == "F":
+        raise BadImage("Pixels are floating-point numbers of unknown range")
+    if picture.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion cuts off at 255
+        levels = np.asarray(picture, dtype=np.int64).clip(0, 65_535)
+        picture = Image.fromarray(((levels + 128) // 257).astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture)
+    return picture.convert("RGB")
+
+
+def to_square(picture: Image.Image, size: int) -> npt.NDArray[np.uint8]:
+    """The largest centred square of an RGB picture at `size` pixels: uint8 [size, size, 3].
+
+    Resized bilinearly, with antialiasing when it shrinks: one resampling, which equals resizing
+    the shorter side to `size` and cropping the centre.
+    """
+    width, height = picture.size
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    box = (left, top, left + side, top + side)
+    return np.array(picture.resize((size, size), Resampling.BILINEAR, box=box), dtype=np.uint8)
+
+
+Channels = tuple[float, float, float]
+
+
+class Preprocessing(BaseModel):
+    """What a network expects. `image_size` in pixels; mean and standard deviation of red, green
+    and blue over the training split, for values scaled to [0, 1]."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    image_size: Annotated[int, Field(gt=0)]
+    channel_mean: Channels
+    channel_std: Channels
+
+
+class Normalizer:
+    """Brings batches of bytes to zero mean and unit variance a channel, on their device.
+
+    uint8 [B, S, S, 3] becomes float32 [B, 3, S, S], in channels-last memory (which is how the
+    bytes lie already) unless `channels_last` is false.
+    """
+
+    def __init__(
+        self, preprocessing: Preprocessing, device: torch.device, channels_last: bool = True
+    ) -> None:
+        mean = torch.tensor(preprocessing.channel_mean)
+        # A channel without variance has no scale of its own: one level of 8 bits stands in.
+        std = torch.tensor(preprocessing.channel_std).clamp(min=1 / 255)
+        self._scale = (1 / (255 * std)).view(1, 3, 1, 1).to(device)
+        self._shift = (-mean / std).view(1, 3, 1, 1).to(device)
+        self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        x = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=self._memory_format)
+        return x.mul_(self._scale).add_(self._shift)

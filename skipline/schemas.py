@@ -1,0 +1,315 @@
+"""What the service answers: one class a document, shared by the API and the client."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from enum import StrEnum
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, PlainSerializer
+
+
+def _to_utc_z(value: datetime) -> str:
+    return value.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+Time = Annotated[AwareDatetime, PlainSerializer(_to_utc_z, return_type=str, when_used="json")]
+"""UTC, ISO 8601 with milliseconds, ending in Z."""
+
+
+class Document(BaseModel):
+    """Base of all answers. A client ignores keys that a newer server adds."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class JobKind(StrEnum):
+    """What a job does."""
+
+    train = "train"
+    evaluate = "evaluate"
+    ingest = "ingest"
+
+
+class JobStatus(StrEnum):
+    """The states of a job; `shared.lifecycle` says who moves it between them."""
+
+    queued = "queued"
+    """Stored, waiting for a worker's slot."""
+    running = "running"
+    """Owned by one attempt of one worker."""
+    pausing = "pausing"
+    """Asked to pause; its worker writes a checkpoint."""
+    paused = "paused"
+    """Holds no worker; resuming queues it again."""
+    stopping = "stopping"
+    """Asked to end early and keep the result."""
+    cancelling = "cancelling"
+    """Asked to end and give up the result."""
+    succeeded = "succeeded"
+    failed = "failed"
+    cancelled = "cancelled"
+
+    @property
+    def is_terminal(self) -> bool:
+        """True once the status will never change again."""
+        return self in (JobStatus.succeeded, JobStatus.failed, JobStatus.cancelled)
+
+
+class Progress(Document):
+    """How far a job is. For an ingest, a step is an image and there is one epoch."""
+
+    step: int
+    num_steps: int
+    epoch: int
+    num_epochs: int
+    eta_seconds: float | None = None
+    images_per_second: float | None = None
+
+
+class JobError(Document):
+    """Why a job failed: a stable word, what happened, what to do next."""
+
+    code: str
+    message: str
+    hint: str
+
+
+class Job(Document):
+    """A job as it stands. `spec` is resolved: every default is written out."""
+
+    id: str
+    kind: JobKind
+    name: str | None
+    status: JobStatus
+    spec: dict[str, Any]
+    attempt: int
+    progress: Progress | None
+    queue_position: int | None
+    created_at: Time
+    started_at: Time | None
+    finished_at: Time | None
+    result: dict[str, Any] | None
+    error: JobError | None
+    stop_reason: Literal["user", "early_stopping", "time_budget"] | None
+    parent_id: str | None
+
+
+ItemT = TypeVar("ItemT")
+
+
+class Page(Document, Generic[ItemT]):
+    """A part of a list; `next` goes into `?after=` and is null at the end."""
+
+    items: list[ItemT]
+    next: str | None
+
+
+class MetricPoint(Document):
+    """One value of a series. `step` counts optimizer steps from 1 over the whole job."""
+
+    step: int
+    epoch: int
+    value: float
+    time: Time
+
+
+class Metrics(Document):
+    """The series of a job by name. `next` is the number of the last point: `?after=` takes it."""
+
+    job_id: str
+    status: JobStatus
+    series: dict[str, list[MetricPoint]]
+    next: str | None
+
+
+class StreamEvent(Document):
+    """Base of what a stream carries. `id` is the event's number within its job; it travels beside
+    the data, and a reader that comes back with it as `Last-Event-ID` misses nothing."""
+
+    id: Annotated[int | None, Field(exclude=True)] = None
+
+
+class MetricEvent(StreamEvent, MetricPoint):
+    """A live point, as `event: metric` carries it."""
+
+    name: str
+    attempt: int
+
+
+class RewindEvent(StreamEvent):
+    """`event: rewind`: drop the points after `step`, attempt `attempt` writes them anew."""
+
+    step: int
+    attempt: int
+
+
+class EndEvent(StreamEvent):
+    """`event: end`: nothing will follow."""
+
+    status: JobStatus
+
+
+class Checkpoint(Document):
+    """A stored state of a model; its id can be used wherever a model is asked for."""
+
+    id: str
+    kind: Literal["best", "last", "epoch"]
+    epoch: int
+    step: int
+    metrics: dict[str, float]
+    num_bytes: int
+    created_at: Time
+
+
+class ClassReport(Document):
+    """One class of a report. `accuracy` equals recall; precision and f1 are 0 where undefined."""
+
+    label: str
+    num_samples: int
+    accuracy: float
+    precision: float
+    recall: float
+    f1: float
+
+
+class Report(Document):
+    """What an evaluation found. `confusion[i][j]`: images of class i that were called j.
+
+    `top5` counts the best min(5, num_classes) answers. `selected_on` names the split that chose
+    the checkpoint, for reports at the end of a training.
+    """
+
+    dataset: str
+    dataset_id: str
+    split: Literal["train", "val", "test"]
+    selected_on: Literal["val", "test"] | None = None
+    checkpoint_id: str | None = None
+    num_samples: int
+    loss: float
+    top1: float
+    top5: float
+    mean_class_accuracy: float
+    per_class: list[ClassReport]
+    confusion: list[list[int]]
+
+
+class SplitInfo(Document):
+    """`per_class` follows the order of the dataset's `classes`."""
+
+    num_images: int
+    per_class: list[int]
+
+
+class Problem(Document):
+    """Something found while a dataset was read; `examples` are paths within it."""
+
+    code: str
+    level: Literal["warning", "error"]
+    message: str
+    count: int
+    examples: list[str]
+
+
+class Dataset(Document):
+    """An immutable dataset. `image_size` is what training uses by default, in pixels;
+    `channel_mean` and `channel_std` are of the training split, scaled to [0, 1]."""
+
+    id: str
+    name: str
+    hash: str
+    num_classes: int
+    classes: list[str]
+    splits: dict[str, SplitInfo]
+    image_size: int
+    channel_mean: list[float]
+    channel_std: list[float]
+    problems: list[Problem]
+    created_at: Time
+
+
+class BuiltinDataset(Document):
+    """A dataset that the service knows by name and brings in when it is first used."""
+
+    name: str
+    num_classes: int
+    image_size: int
+    splits: dict[str, int]
+    description: str
+    needs_network: bool
+
+
+class DatasetPage(Page[Dataset]):
+    """The stored datasets, and those that can be had by name."""
+
+    builtin: list[BuiltinDataset]
+
+
+class Architecture(Document):
+    """A network that can be asked for. `min_image_size`: by stem, in pixels."""
+
+    name: str
+    family: Literal["resnet", "vgg"]
+    depth: int
+    batch_norm: bool
+    min_image_size: dict[str, int]
+    description: str
+
+
+class LabelProbability(Document):
+    """A class with its probability in [0, 1]; `index` is its place in the model's classes."""
+
+    label: str
+    index: int
+    probability: float
+
+
+class ImagePrediction(Document):
+    """The answer for one image; `image` is its file name or its place in the request."""
+
+    image: str
+    top: list[LabelProbability]
+    confidence: float
+
+
+class PredictingModel(Document):
+    """The checkpoint that answered."""
+
+    checkpoint_id: str
+    job_id: str
+    arch: str
+    epoch: int
+    step: int
+
+
+class Predictions(Document):
+    """`POST /predict`. `timing_ms`: decode, queue, load and forward, in milliseconds."""
+
+    model: PredictingModel
+    predictions: list[ImagePrediction]
+    timing_ms: dict[str, float]
+
+
+class ErrorItem(Document):
+    """One thing wrong with the input; `loc` is the full key, such as `optimizer.lr`."""
+
+    loc: str
+    message: str
+
+
+class ProblemDocument(Document):
+    """RFC 9457: what every error answers, as `application/problem+json`."""
+
+    type: str = "about:blank"
+    title: str
+    status: int
+    detail: str
+    code: str
+    errors: list[ErrorItem] = Field(default_factory=list)
+
+
+class Readiness(Document):
+    """`checks` names each dependency: `ok`, or what is wrong with it."""
+
+    status: Literal["ready", "not_ready"]
+    checks: dict[str, str]
