@@ -123,17 +123,13 @@ def num_queued(session: Session) -> int:
 
 def queue_positions(session: Session, jobs: Collection[Job]) -> dict[str, int]:
     """For each queued job of `jobs`: 1 for the next one to run, and so on."""
-    positions = {}
-    for job in jobs:
-        if job.status == JobStatus.queued:
-            ahead = (
-                select(func.count())
-                .select_from(Job)
-                .where(Job.status == JobStatus.queued)
-                .where(_before(Job, job.created_at, job.id))
-            )
-            positions[job.id] = (session.scalar(ahead) or 0) + 1
-    return positions
+    ids = [job.id for job in jobs if job.status == JobStatus.queued]
+    if not ids:
+        return {}
+    place = func.row_number().over(order_by=(Job.created_at, Job.id)).label("place")
+    queue = select(Job.id, place).where(Job.status == JobStatus.queued).subquery()
+    rows = session.execute(select(queue.c.id, queue.c.place).where(queue.c.id.in_(ids)))
+    return {job_id: position for job_id, position in rows}
 
 
 def job_document(job: Job, queue_position: int | None) -> schemas.Job:

@@ -22,7 +22,7 @@ class Settings(BaseSettings):
     """`SKIPLINE_HOME` is `home`, and so on."""
 
     model_config = SettingsConfigDict(
-        env_prefix="SKIPLINE_", env_file=".env", extra="ignore", frozen=True
+        env_prefix="SKIPLINE_", env_file=".env", env_ignore_empty=True, extra="ignore", frozen=True
     )
 
     home: Path = Path(".skipline")

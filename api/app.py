@@ -1,0 +1,82 @@
+"""The HTTP application: what it is made of, and what lives as long as it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+
+from fastapi import Depends, FastAPI
+
+from api import architectures, datasets, docs, health, jobs, predictions, problems
+from api.checks import Checks
+from api.dependencies import Services, require_key
+from api.serving.cache import ModelCache
+from api.serving.images import Decoder
+from api.serving.inference import Inference
+from api.streams import StreamHub
+from shared.database import Database
+from shared.dispatch import Bell
+from shared.reaper import Reaper
+from shared.settings import Settings, get_settings
+from shared.storage import Storage
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    settings: Settings = app.state.settings
+    database = Database(settings.database)
+    storage = Storage(settings.artifacts_path)
+    bell = Bell(settings)
+    # A GPU is left to the trainings, unless the operator says so.
+    device = "cuda" if settings.device == "cuda" else "cpu"
+    cache = ModelCache(storage, settings.model_cache_bytes, device)
+    inference = Inference(cache, settings.max_predict_waiting)
+    app.state.services = Services(
+        settings=settings,
+        database=database,
+        storage=storage,
+        bell=bell,
+        streams=StreamHub(database, settings.max_streams),
+        inference=inference,
+        decoder=Decoder(settings.max_image_pixels, inference.warm),
+        checks=Checks(database, bell, storage),
+    )
+    reaper = Reaper(settings, database, storage)
+    reaper.start()
+    try:
+        yield
+    finally:
+        reaper.stop()
+        _close(app.state.services)
+
+
+def _close(services: Services) -> None:
+    services.streams.stop()
+    services.streams.join()
+    services.decoder.close()
+    services.inference.stop()
+    services.checks.close()
+    services.database.dispose()
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """The application over `settings`, by default the process's own."""
+    app = FastAPI(
+        title="Skipline",
+        version=version("skipline"),
+        description="Train, evaluate and serve image classifiers.",
+        lifespan=_lifespan,
+        # The one check of access, on every route there is.
+        dependencies=[Depends(require_key)],
+        # `api.docs` serves these as routes like any other, behind the same check.
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.state.settings = settings or get_settings()
+    problems.install(app)
+    for module in (jobs, datasets, architectures, predictions, health, docs):
+        app.include_router(module.router)
+    return app

@@ -1,0 +1,54 @@
+"""Whether what the service depends on answers. Knows nothing of HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import structlog
+
+from shared.database import Database
+from shared.dispatch import Bell
+from shared.storage import Storage
+
+log = structlog.get_logger(__name__)
+
+CHECK_SECONDS = 3.0
+
+
+class Checks:
+    """The checks of what the service depends on. Each has one thread of its own: one that hangs
+    takes no other along, and however often it is asked for, it hangs once."""
+
+    def __init__(self, database: Database, bell: Bell, storage: Storage) -> None:
+        self._checks: dict[str, tuple[Callable[[], None], ThreadPoolExecutor]] = {
+            name: (check, ThreadPoolExecutor(1, f"check-{name}"))
+            for name, check in {
+                "database": database.check,
+                "broker": bell.check,
+                "storage": storage.check,
+            }.items()
+        }
+
+    async def run(self) -> dict[str, str]:
+        """What each check found: `ok`, or what is wrong."""
+        found = await asyncio.gather(*(self._run(name) for name in self._checks))
+        return dict(zip(self._checks, found, strict=True))
+
+    async def _run(self, name: str) -> str:
+        check, thread = self._checks[name]
+        try:
+            async with asyncio.timeout(CHECK_SECONDS):
+                await asyncio.get_running_loop().run_in_executor(thread, check)
+        except TimeoutError:
+            return f"no answer within {CHECK_SECONDS:g} s"
+        except Exception as error:  # Its text may hold addresses and paths: those are the log's.
+            log.warning("not ready", check=name, error=str(error))
+            return f"fails ({type(error).__name__})"
+        return "ok"
+
+    def close(self) -> None:
+        """Waits for no check that hangs."""
+        for _, thread in self._checks.values():
+            thread.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,293 @@
+"""An example for every body of the OpenAPI document. Tests hold each against its schema."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from skipline.catalog import BUILTIN_DATASETS, resolve
+from skipline.specs import IngestSpec, TrainSpec, dump_spec
+
+Document = dict[str, Any]
+
+_TIME = "2026-11-20T09:30:00.000Z"
+_JOB_ID = "019aa0f2-5c1e-7c43-9d0e-6a5b1f3f9a10"
+_INGEST_ID = "019aa0f0-11aa-7d20-8a44-0f6f2f7d3c55"
+_CHECKPOINT_ID = "019aa0f4-90b2-7e11-b1a7-3c9d8e21f604"
+_DATASET_ID = "3f2a9c81d4e7b650"
+
+JOB_REQUESTS: Document = {
+    "smallest training": {"dataset": "digits"},
+    "training": {
+        "kind": "train",
+        "name": "digits with SGD",
+        "dataset": "digits",
+        "model": {"arch": "resnet18"},
+        "epochs": 5,
+        "batch_size": 128,
+        "optimizer": {"name": "sgd", "lr": 0.05},
+        "scheduler": {"name": "cosine", "warmup_epochs": 1},
+    },
+    "evaluation": {"kind": "evaluate", "model": _JOB_ID, "dataset": "digits", "split": "test"},
+}
+INGEST_REQUESTS: Document = {
+    "folder": {"source": "path", "path": "flowers", "name": "flowers", "val_fraction": 0.1},
+    "builtin": {"source": "builtin", "name": "cifar10"},
+}
+
+_TRAINING = TrainSpec.model_validate({"dataset": "digits", "epochs": 5, "batch_size": 128})
+
+TRAIN_JOB: Document = {
+    "id": _JOB_ID,
+    "kind": "train",
+    "name": None,
+    "status": "running",
+    "spec": dump_spec(resolve(_TRAINING, BUILTIN_DATASETS["digits"])),
+    "attempt": 1,
+    "progress": {
+        "step": 24,
+        "num_steps": 55,
+        "epoch": 3,
+        "num_epochs": 5,
+        "eta_seconds": 14.5,
+        "images_per_second": 181.2,
+    },
+    "queue_position": None,
+    "created_at": _TIME,
+    "started_at": _TIME,
+    "finished_at": None,
+    "result": None,
+    "error": None,
+    "stop_reason": None,
+    "parent_id": None,
+}
+CANCELLED_JOB = TRAIN_JOB | {"status": "cancelled", "finished_at": _TIME}
+JOBS: Document = {"items": [TRAIN_JOB], "next": None}
+INGEST_JOB = TRAIN_JOB | {
+    "id": _INGEST_ID,
+    "kind": "ingest",
+    "name": "flowers",
+    "status": "queued",
+    "spec": dump_spec(IngestSpec.model_validate(INGEST_REQUESTS["folder"])),
+    "attempt": 0,
+    "progress": None,
+    "queue_position": 1,
+    "started_at": None,
+}
+
+METRICS: Document = {
+    "job_id": _JOB_ID,
+    "status": "running",
+    "series": {
+        "train_loss": [
+            {"step": 11, "epoch": 1, "value": 1.92, "time": _TIME},
+            {"step": 22, "epoch": 2, "value": 0.71, "time": _TIME},
+        ],
+        "val_top1": [{"step": 11, "epoch": 1, "value": 0.58, "time": _TIME}],
+    },
+    "next": "3",
+}
+METRIC_STREAM = (
+    'event: metric\ndata: {"step":11,"epoch":1,"value":1.92,"time":"2026-11-20T09:30:00.000Z",'
+    '"name":"train_loss","attempt":1}\nid: 1\n\n'
+    'event: rewind\ndata: {"step":11,"attempt":2}\nid: 4\n\n'
+    'event: end\ndata: {"status":"succeeded"}\n\n'
+)
+CHECKPOINTS: Document = {
+    "items": [
+        {
+            "id": _CHECKPOINT_ID,
+            "kind": "best",
+            "epoch": 2,
+            "step": 22,
+            "metrics": {"val_loss": 0.64, "val_top1": 0.82},
+            "num_bytes": 134217728,
+            "created_at": _TIME,
+        }
+    ],
+    "next": None,
+}
+REPORT: Document = {
+    "dataset": "cats-and-dogs",
+    "dataset_id": _DATASET_ID,
+    "split": "test",
+    "selected_on": "val",
+    "checkpoint_id": _CHECKPOINT_ID,
+    "num_samples": 10,
+    "loss": 0.41,
+    "top1": 0.8,
+    "top5": 1.0,
+    "mean_class_accuracy": 0.8,
+    "per_class": [
+        {
+            "label": "cat",
+            "num_samples": 5,
+            "accuracy": 0.8,
+            "precision": 0.8,
+            "recall": 0.8,
+            "f1": 0.8,
+        },
+        {
+            "label": "dog",
+            "num_samples": 5,
+            "accuracy": 0.8,
+            "precision": 0.8,
+            "recall": 0.8,
+            "f1": 0.8,
+        },
+    ],
+    "confusion": [[4, 1], [1, 4]],
+}
+
+DATASET: Document = {
+    "id": _DATASET_ID,
+    "name": "cats-and-dogs",
+    "hash": "3f2a9c81d4e7b650" * 4,
+    "num_classes": 2,
+    "classes": ["cat", "dog"],
+    "splits": {
+        "train": {"num_images": 200, "per_class": [100, 100]},
+        "test": {"num_images": 10, "per_class": [5, 5]},
+    },
+    "image_size": 224,
+    "channel_mean": [0.485, 0.456, 0.406],
+    "channel_std": [0.229, 0.224, 0.225],
+    "problems": [
+        {
+            "code": "unreadable_image",
+            "level": "warning",
+            "message": "Images that do not decode were left out",
+            "count": 1,
+            "examples": ["train/cat/0001.jpg"],
+        }
+    ],
+    "created_at": _TIME,
+}
+DATASETS: Document = {
+    "items": [DATASET],
+    "next": None,
+    "builtin": [
+        {
+            "name": "digits",
+            "num_classes": 10,
+            "image_size": 32,
+            "splits": {"train": 1442, "test": 355},
+            "description": "UCI handwritten digits, 8x8 grey, shipped with scikit-learn",
+            "needs_network": False,
+        }
+    ],
+}
+ARCHITECTURES: Document = {
+    "items": [
+        {
+            "name": "resnet18",
+            "family": "resnet",
+            "depth": 18,
+            "batch_norm": True,
+            "min_image_size": {"small": 8, "imagenet": 32},
+            "description": "ResNet-18 with basic blocks (He et al., 2016)",
+        }
+    ],
+    "next": None,
+}
+
+PREDICT_FORM: Document = {"image": ["(the bytes of an image file)"], "model": _JOB_ID, "top_k": 2}
+PREDICTIONS: Document = {
+    "model": {
+        "checkpoint_id": _CHECKPOINT_ID,
+        "job_id": _JOB_ID,
+        "arch": "resnet18",
+        "epoch": 2,
+        "step": 22,
+    },
+    "predictions": [
+        {
+            "image": "seven.png",
+            "top": [
+                {"label": "7", "index": 7, "probability": 0.97},
+                {"label": "1", "index": 1, "probability": 0.02},
+            ],
+            "confidence": 0.97,
+        }
+    ],
+    "timing_ms": {"decode": 1.4, "queue": 0.1, "load": 0.0, "forward": 9.8},
+}
+
+READY: Document = {
+    "status": "ready",
+    "checks": {"database": "ok", "broker": "ok", "storage": "ok"},
+}
+NOT_READY: Document = {
+    "status": "not_ready",
+    "checks": {"database": "ok", "broker": "no answer within 3 s", "storage": "ok"},
+}
+
+
+def _problem(status: int, code: str, title: str, detail: str, *errors: Document) -> Document:
+    return {
+        "type": "about:blank",
+        "title": title,
+        "status": status,
+        "detail": detail,
+        "code": code,
+        "errors": list(errors),
+    }
+
+
+PROBLEMS: dict[int, Document] = {
+    problem["status"]: problem
+    for problem in (
+        _problem(
+            400,
+            "malformed_json",
+            "The request cannot be read",
+            "The body is not a JSON document that can be read",
+        ),
+        _problem(
+            401,
+            "unauthorized",
+            "A valid key is needed",
+            "Send the header Authorization: Bearer with this server's key",
+        ),
+        _problem(404, "job_not_found", "There is no such job", "There is no job of this id"),
+        _problem(
+            409,
+            "illegal_transition",
+            "The job's state does not allow this",
+            "The job has succeeded; only an unfinished one is cancelled",
+        ),
+        _problem(
+            413, "body_too_large", "The request is too large", "At most 1,048,576 bytes are taken"
+        ),
+        _problem(
+            415,
+            "unsupported_media_type",
+            "The request has the wrong content type",
+            "Send JSON, with Content-Type: application/json",
+        ),
+        _problem(
+            422,
+            "invalid_spec",
+            "The request holds invalid values",
+            "optimizer.lr: Input should be greater than 0",
+            {"loc": "optimizer.lr", "message": "Input should be greater than 0"},
+        ),
+        _problem(
+            429,
+            "too_busy",
+            "Too much is waiting",
+            "64 predictions wait already; try again in a moment",
+        ),
+        _problem(
+            500,
+            "internal_error",
+            "Something went wrong",
+            "The server's log says more, under the request id 4f6c0b9e",
+        ),
+        _problem(
+            503,
+            "database_unavailable",
+            "The service is not ready",
+            "The database does not answer",
+        ),
+    )
+}

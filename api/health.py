@@ -1,0 +1,40 @@
+"""Probes: is the process up, and can it do its work?"""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Response
+
+from api import examples, openapi
+from api.dependencies import ServicesDep
+from skipline import schemas
+
+router = APIRouter(tags=["health"])
+
+
+# Asynchronous and without a look at anything: it answers as long as the event loop turns.
+@router.get(
+    "/healthz",
+    summary="Is the process up?",
+    responses=openapi.responses({"status": "ok"}),
+    openapi_extra={"security": []},
+)
+async def healthz() -> dict[str, str]:
+    """Touches nothing."""
+    return {"status": "ok"}
+
+
+@router.get(
+    "/readyz",
+    summary="Do database, broker and storage answer?",
+    response_model=schemas.Readiness,
+    responses=openapi.responses(examples.READY)
+    | openapi.responses(examples.NOT_READY, 503, schemas.Readiness),
+    openapi_extra={"security": []},
+)
+async def readyz(services: ServicesDep, response: Response) -> schemas.Readiness:
+    """503 when one of them does not; `checks` says which."""
+    checks = await services.checks.run()
+    if all(result == "ok" for result in checks.values()):
+        return schemas.Readiness(status="ready", checks=checks)
+    response.status_code = 503
+    return schemas.Readiness(status="not_ready", checks=checks)

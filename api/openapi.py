@@ -1,0 +1,109 @@
+"""The parts of the OpenAPI document that FastAPI cannot know: bodies that are read by
+`api.bodies`, an example for each, and the problem documents."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel, TypeAdapter
+
+from api import examples
+from api import problems as problem_documents
+from skipline.schemas import ProblemDocument
+
+JSON = "application/json"
+REF = "#/components/schemas/{model}"
+COMMON_PROBLEMS = (401, 500, 503)
+LOCATION = {"Location": {"description": "Where the job is", "schema": {"type": "string"}}}
+
+Document = dict[str, Any]
+
+
+def responses(
+    example: Any,
+    status: int = 200,
+    model: type[BaseModel] | None = None,
+    *,
+    problems: tuple[int, ...] = (),
+    location: bool = False,
+    also: Mapping[str, Any] | None = None,
+) -> dict[int | str, Document]:
+    """What a route answers: an `example` for `status`, and which problems. `also` adds other
+    content types; `model` is needed for a status that is not the route's own."""
+    answer: Document = {
+        "description": HTTPStatus(status).phrase,
+        "content": {JSON: {"example": example}, **(also or {})},
+    }
+    if model is not None:
+        answer["model"] = model
+    if location:
+        answer["headers"] = LOCATION
+    return {status: answer, **{code: _problem(code) for code in problems}}
+
+
+def _problem(status: int) -> Document:
+    schema = {"$ref": REF.format(model=ProblemDocument.__name__)}
+    content = {
+        problem_documents.MEDIA_TYPE: {"schema": schema, "example": examples.PROBLEMS[status]}
+    }
+    return {"description": HTTPStatus(status).phrase, "content": content}
+
+
+def json_body(adapter: TypeAdapter[Any], named_examples: Mapping[str, Any]) -> Document:
+    """What `openapi_extra` says of a JSON body. Its definitions travel with the schema until
+    `build` puts them among the components."""
+    schema = adapter.json_schema(ref_template=REF)
+    shown = {name: {"value": example} for name, example in named_examples.items()}
+    return {
+        "requestBody": {"required": True, "content": {JSON: {"schema": schema, "examples": shown}}}
+    }
+
+
+def form_body(example: Mapping[str, Any]) -> Document:
+    """What `openapi_extra` says of the form of `POST /predict`."""
+    schema = {
+        "type": "object",
+        "required": ["image", "model"],
+        "additionalProperties": False,
+        "properties": {
+            "image": {
+                "type": "array",
+                "minItems": 1,
+                "items": {"type": "string", "format": "binary"},
+                "description": "Image files: JPEG, PNG, BMP, WebP, GIF or TIFF",
+            },
+            "model": {"type": "string", "description": "The id of a job or of a checkpoint"},
+            "top_k": {"type": "integer", "minimum": 1, "default": 5},
+        },
+    }
+    content = {"multipart/form-data": {"schema": schema, "example": dict(example)}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def build(app: FastAPI) -> Document:
+    """The whole document."""
+    document = get_openapi(
+        title=app.title, version=app.version, description=app.description, routes=app.routes
+    )
+    schemas: Document = document["components"]["schemas"]
+    schemas[ProblemDocument.__name__] = ProblemDocument.model_json_schema(ref_template=REF)
+    for path in document["paths"].values():
+        for operation in path.values():
+            body = operation.get("requestBody", {}).get("content", {})
+            for content in body.values():
+                schemas |= content["schema"].pop("$defs", {})
+            for status in COMMON_PROBLEMS:
+                is_open = operation.get("security") == []
+                if not (is_open and status == HTTPStatus.UNAUTHORIZED):
+                    operation["responses"].setdefault(str(status), _problem(status))
+            # FastAPI's own, for parameters: here they answer a problem like everything else.
+            if JSON in operation["responses"].get("422", {}).get("content", {}):
+                operation["responses"]["422"] = _problem(422)
+    schemas |= schemas[ProblemDocument.__name__].pop("$defs", {})
+    for unused in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(unused, None)
+    return document

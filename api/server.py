@@ -1,0 +1,42 @@
+"""Runs the application under uvicorn so that it leaves quickly when asked to."""
+
+from __future__ import annotations
+
+import socket
+
+import uvicorn
+from fastapi import FastAPI
+
+from api.app import create_app
+from shared.settings import Settings
+
+SHUTDOWN_SECONDS = 5
+"""From SIGTERM until connections that are still busy are cut."""
+
+
+class Server(uvicorn.Server):
+    """Ends the live streams first: uvicorn waits for open connections, and they never end."""
+
+    def __init__(self, app: FastAPI, host: str, port: int) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                host=host,
+                port=port,
+                lifespan="on",
+                access_log=False,
+                log_config=None,
+                server_header=False,
+                timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+            )
+        )
+        self._app = app
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._app.state.services.streams.stop()
+        await super().shutdown(sockets)
+
+
+def serve(settings: Settings, host: str, port: int) -> None:
+    """Serves until SIGINT or SIGTERM. The address was checked to be free."""
+    Server(create_app(settings), host, port).run()

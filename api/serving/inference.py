@@ -1,0 +1,162 @@
+"""The one thread that runs models, and the queue in front of it.
+
+Every call of torch (import, load, forward) happens in this thread: several threads that each run
+a forward pass on the same cores are much slower than one. What was queued for a model while the
+last batch ran goes through it together; nothing ever waits for a batch to fill up.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import structlog
+
+from api.serving.cache import ModelCache, ModelKey
+from api.serving.images import Square
+from shared.errors import TooBusy
+
+log = structlog.get_logger(__name__)
+
+MAX_BATCH_IMAGES = 64
+
+
+@dataclass(frozen=True)
+class Answer:
+    """`probabilities` float32 [B, num_classes]; times in milliseconds."""
+
+    probabilities: npt.NDArray[np.float32]
+    classes: tuple[str, ...]
+    queue_ms: float
+    load_ms: float
+    forward_ms: float
+
+
+@dataclass(frozen=True, eq=False)
+class _Request:
+    key: ModelKey
+    images: Square
+    answer: Future[Answer] = field(default_factory=Future)
+    queued_at: float = field(default_factory=time.monotonic)
+
+
+class Inference:
+    """Answers predictions one batch after the other.
+
+    Args:
+        max_waiting: predictions that are in work or wait at a time.
+    """
+
+    def __init__(self, cache: ModelCache, max_waiting: int) -> None:
+        self._cache = cache
+        self._max_waiting = max_waiting
+        self._num_places_taken = 0
+        self._waiting: deque[_Request] = deque()
+        self._changed = threading.Condition()
+        self._stopped = False
+        self.warm = threading.Event()
+        """Set once torch was imported: others may import what needs it from then on."""
+        self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
+        self._thread.start()
+
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """A place in the queue for one prediction, from before its images are decoded until it
+        is answered. Used by the event loop's thread alone. Raises `TooBusy`."""
+        if self._num_places_taken >= self._max_waiting:
+            raise TooBusy(f"{self._max_waiting} predictions wait already; try again in a moment")
+        self._num_places_taken += 1
+        try:
+            yield
+        finally:
+            self._num_places_taken -= 1
+
+    def submit(self, key: ModelKey, images: Square) -> Future[Answer]:
+        """Queues images uint8 [B, S, S, 3]. The future raises what `ModelCache.get` raises."""
+        request = _Request(key, images)
+        with self._changed:
+            if self._stopped:
+                request.answer.cancel()
+            else:
+                self._waiting.append(request)
+                self._changed.notify()
+        return request.answer
+
+    def stop(self) -> None:
+        """Ends the thread after the batch it works on; what waits is cancelled."""
+        with self._changed:
+            self._stopped = True
+            for request in self._waiting:
+                request.answer.cancel()
+            self._waiting.clear()
+            self._changed.notify()
+        self._thread.join(timeout=10)
+
+    def _run(self) -> None:
+        try:
+            import shared.vision.predictor  # noqa: F401 - seconds that the first one need not wait
+        except Exception as error:
+            log.warning("torch cannot be loaded", error=str(error))
+        self.warm.set()
+        while requests := self._take():
+            try:
+                self._serve(requests)
+            except Exception as error:
+                for request in requests:
+                    request.answer.set_exception(error)
+
+    def _take(self) -> list[_Request]:
+        """The next requests for one model, with `MAX_BATCH_IMAGES` images at most unless the
+        first alone has more; waits for one. Empty once stopped."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._stopped)
+                if self._stopped:
+                    return []
+                taken = self._next_batch()
+            # A request whose client has left was cancelled.
+            wanted = [r for r in taken if r.answer.set_running_or_notify_cancel()]
+            if wanted:
+                return wanted
+
+    def _next_batch(self) -> list[_Request]:
+        taken = [self._waiting.popleft()]
+        num_images = len(taken[0].images)
+        for request in list(self._waiting):
+            fits = num_images + len(request.images) <= MAX_BATCH_IMAGES
+            if fits and request.key == taken[0].key:
+                self._waiting.remove(request)
+                taken.append(request)
+                num_images += len(request.images)
+        return taken
+
+    def _serve(self, requests: list[_Request]) -> None:
+        taken_at = time.monotonic()
+        model = self._cache.get(requests[0].key)
+        loaded_at = time.monotonic()
+        images = np.concatenate([request.images for request in requests])
+        chunks = range(0, len(images), MAX_BATCH_IMAGES)
+        probabilities = np.concatenate(
+            [model.predict(images[first : first + MAX_BATCH_IMAGES]) for first in chunks]
+        )
+        done_at = time.monotonic()
+        first = 0
+        for request in requests:
+            beyond = first + len(request.images)
+            request.answer.set_result(
+                Answer(
+                    probabilities=probabilities[first:beyond],
+                    classes=model.bundle.classes,
+                    queue_ms=1000 * (taken_at - request.queued_at),
+                    load_ms=1000 * (loaded_at - taken_at),
+                    forward_ms=1000 * (done_at - loaded_at),
+                )
+            )
+            first = beyond

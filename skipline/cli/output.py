@@ -1,0 +1,173 @@
+"""How the command line writes: tables, numbers, times, JSON, errors. Knows no HTTP."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from itertools import pairwise
+from typing import IO, Annotated, Any
+
+import typer
+from pydantic import BaseModel
+from rich.console import Console, JustifyMethod
+from rich.table import Table
+from rich.text import Text
+
+from skipline.client import ServerUnreachable, SkiplineError
+from skipline.schemas import Job, JobStatus
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+STATUS_STYLES = {
+    JobStatus.queued: "cyan",
+    JobStatus.running: "bold blue",
+    JobStatus.succeeded: "green",
+    JobStatus.failed: "bold red",
+    JobStatus.cancelled: "yellow",
+}
+WIDTH_OF_PIPES = 200
+"""Columns of a table that is not shown on a terminal: wide enough to cut nothing."""
+
+
+def _console(stream: IO[str]) -> Console:
+    width = None if stream.isatty() or "COLUMNS" in os.environ else WIDTH_OF_PIPES
+    return Console(file=stream, width=width, markup=False, highlight=False, emoji=False)
+
+
+def stdout() -> Console:
+    """A console on what `sys.stdout` is now; text is printed as it is, brackets included."""
+    return _console(sys.stdout)
+
+
+def stderr() -> Console:
+    return _console(sys.stderr)
+
+
+def make_table(*columns: str) -> Table:
+    """A quiet table. A name that starts with `>` is a column of numbers, aligned to the right, one
+    with `~` a column of text that may be broken where the terminal is narrow."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for column in columns:
+        justify: JustifyMethod = "right" if column.startswith(">") else "left"
+        table.add_column(
+            column.lstrip(">~"),
+            justify=justify,
+            no_wrap=not column.startswith("~"),
+            overflow="fold",
+        )
+    return table
+
+
+def make_grid() -> Table:
+    """Two columns: what, and its value."""
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    return grid
+
+
+def print_json(document: BaseModel | dict[str, Any]) -> None:
+    """One JSON document, indented."""
+    data = document.model_dump(mode="json") if isinstance(document, BaseModel) else document
+    typer.echo(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+def print_json_line(event: str, document: BaseModel, number: int | None = None) -> None:
+    """One event a line, with the same parts as on the wire."""
+    line = {"event": event, "id": number, "data": document.model_dump(mode="json")}
+    typer.echo(json.dumps(line, ensure_ascii=False))
+
+
+def print_sentence(console: Console, text: str | Text, style: str = "") -> None:
+    """Prints prose: broken between words on a terminal, in one line elsewhere."""
+    console.print(text, style=style, soft_wrap=not console.is_terminal)
+
+
+def print_error(error: SkiplineError) -> None:
+    console = stderr()
+    print_sentence(console, Text.assemble(("error: ", "bold red"), error.detail))
+    grid = make_grid()
+    for item in error.errors:
+        grid.add_row(f"  {item.loc}", item.message)
+    if error.errors:
+        console.print(grid)
+
+
+def exit_code(error: SkiplineError) -> int:
+    """3 without a server, 2 for input that is wrong in itself, 1 for all else."""
+    if isinstance(error, ServerUnreachable):
+        return 3
+    return 2 if error.code == "invalid_url" or error.status in (400, 413, 415, 422) else 1
+
+
+def exit_unless_succeeded(job: Job) -> None:
+    if job.status is not JobStatus.succeeded:
+        raise typer.Exit(1)
+
+
+def format_status(status: JobStatus) -> Text:
+    return Text(status.value, style=STATUS_STYLES.get(status, "magenta"))
+
+
+def format_percent(fraction: float) -> str:
+    return f"{fraction:.1%}".replace("%", " %")
+
+
+def format_duration(seconds: float) -> str:
+    """`4.2 s`, `3 min 20 s`, `2 h 5 min`, `3 d 4 h`."""
+    if round(seconds, 1) < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 24:
+        return f"{hours} h {minutes} min"
+    return f"{hours // 24} d {hours % 24} h"
+
+
+def format_age(time: datetime, now: datetime | None = None) -> str:
+    """`just now`, `3 min ago`, `5 h ago`, `2 days ago`, then the date."""
+    seconds = ((now or datetime.now(UTC)) - time).total_seconds()
+    if seconds < 10:
+        return "just now"
+    for unit, length, limit in (("s", 1, 60), ("min", 60, 3600), ("h", 3600, 86_400)):
+        if seconds < limit:
+            return f"{seconds // length:.0f} {unit} ago"
+    days = int(seconds // 86_400)
+    return f"{days} day{'s' * (days > 1)} ago" if days < 30 else f"{time:%Y-%m-%d}"
+
+
+def format_bytes(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def format_metric(name: str, value: float) -> str:
+    """A value with the unit that its name implies."""
+    if "top" in name or "accuracy" in name:
+        return format_percent(value)
+    if name.endswith("_seconds"):
+        return format_duration(value)
+    if name.endswith("_bytes"):
+        return format_bytes(int(value))
+    if name == "images_per_second":
+        return f"{value:,.0f}"
+    return f"{value:.4f}" if 0.001 <= abs(value) < 1000 else f"{value:.3g}"
+
+
+def sparkline(values: Sequence[float], width: int = 20) -> str:
+    """A curve in one line of text: means of `width` equal parts, from lowest to highest."""
+    marks = "▁▂▃▄▅▆▇█"
+    width = min(width, len(values))
+    bounds = [round(place * len(values) / width) for place in range(width + 1)] if width else []
+    means = [sum(values[start:end]) / (end - start) for start, end in pairwise(bounds)]
+    low, span = min(means, default=0.0), max(means, default=0.0) - min(means, default=0.0)
+    return "".join(marks[round((mean - low) / span * 7) if span else 3] for mean in means)

@@ -1,0 +1,58 @@
+"""`skipline predict`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from skipline.cli.output import JsonOption, format_percent, print_json, stdout
+from skipline.client import Skipline
+from skipline.schemas import ImagePrediction, Predictions
+
+BAR_WIDTH = 24
+
+
+def predict(
+    images: Annotated[list[Path], typer.Argument(exists=True, dir_okay=False, metavar="IMAGE…")],
+    model: Annotated[str, typer.Option("--model", "-m", help="A job's or a checkpoint's id.")],
+    top_k: Annotated[int, typer.Option("--top-k", "-k", min=1, help="Classes to show.")] = 3,
+    as_json: JsonOption = False,
+) -> None:
+    """Classify images with a trained model."""
+    with Skipline() as client:
+        predictions = client.predict(images, model=model, top_k=top_k)
+    if as_json:
+        print_json(predictions)
+    else:
+        stdout().print(render_predictions(predictions))
+
+
+def render_predictions(predictions: Predictions) -> RenderableType:
+    """One block an image: its classes with probabilities as numbers and bars."""
+    width = max(
+        (len(row.label) for image in predictions.predictions for row in image.top), default=0
+    )
+    blocks = [_render_image(image, width) for image in predictions.predictions]
+    spaced = [part for block in blocks for part in (block, Text())]
+    return Group(*spaced[:-1])
+
+
+def _render_image(image: ImagePrediction, width: int) -> RenderableType:
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(min_width=width + 2, no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(no_wrap=True)
+    for place, row in enumerate(image.top):
+        style = "bold green" if place == 0 else ""
+        bar = "█" * round(row.probability * BAR_WIDTH) or "▏"
+        table.add_row(
+            Text(f"  {row.label}", style=style),
+            Text(format_percent(row.probability), style=style),
+            Text(bar, style="green" if place == 0 else "dim"),
+        )
+    return Group(Text(image.image, style="bold"), table)

@@ -1,0 +1,463 @@
+"""The Python client: every call of the HTTP interface as a method with a typed result.
+
+Knows HTTP and the documents of `skipline.schemas`; nothing of the server's packages.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+from urllib.parse import quote
+
+import httpx2
+from pydantic import BaseModel, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from skipline.schemas import (
+    Architecture,
+    Checkpoint,
+    Dataset,
+    DatasetPage,
+    EndEvent,
+    ErrorItem,
+    Job,
+    MetricEvent,
+    Metrics,
+    Page,
+    Predictions,
+    ProblemDocument,
+    Readiness,
+    Report,
+    RewindEvent,
+)
+from skipline.specs import EvaluateSpec, TrainSpec
+
+DocumentT = TypeVar("DocumentT", bound=BaseModel)
+PageT = TypeVar("PageT", bound=Page[Any])
+LiveEvent = MetricEvent | RewindEvent | EndEvent
+
+PAGE_SIZE = 100
+LONGEST_PAUSE_SECONDS = 5.0
+"""Between two tries to reach a server that is away, and between two looks at a waiting job."""
+STREAM_SILENCE_SECONDS = 60.0
+"""A stream without even a keep-alive for so long counts as dropped."""
+EVENT_TYPES: Mapping[str, type[LiveEvent]] = {
+    "metric": MetricEvent,
+    "rewind": RewindEvent,
+    "end": EndEvent,
+}
+
+
+class ClientSettings(BaseSettings):
+    """`SKIPLINE_API_URL` and `SKIPLINE_API_KEY`, from the environment or a file `.env`."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="SKIPLINE_", env_file=".env", env_ignore_empty=True, extra="ignore", frozen=True
+    )
+
+    api_url: str = "http://127.0.0.1:8000"
+    api_key: SecretStr | None = None
+
+
+class SkiplineError(Exception):
+    """What the server refused, as its problem document says it.
+
+    `code` is a stable word, `status` the HTTP status (None where no answer came), and `errors`
+    name the keys of an input that is wrong.
+    """
+
+    def __init__(
+        self,
+        detail: str,
+        *,
+        code: str,
+        status: int | None = None,
+        errors: Sequence[ErrorItem] = (),
+    ) -> None:
+        super().__init__("; ".join([detail, *(f"{item.loc}: {item.message}" for item in errors)]))
+        self.detail = detail
+        self.code = code
+        self.status = status
+        self.errors = list(errors)
+
+
+class ServerUnreachable(SkiplineError):
+    """No answer from the server, or its connection broke."""
+
+    def __init__(self, url: str, reason: str) -> None:
+        self.reason = reason
+        super().__init__(
+            f"No Skipline server answers at {url} ({reason}). "
+            "Start one with `skipline up`, or set SKIPLINE_API_URL to where it runs.",
+            code="server_unreachable",
+        )
+
+
+class Patience:
+    """How long to try again while a server is away: pauses that double, `seconds` in all."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self.reset()
+
+    def reset(self) -> None:
+        """The server answered: the next failure is a first one."""
+        self._pause = 0.1
+        self._away_since: float | None = None
+
+    def pause(self, error: SkiplineError) -> None:
+        """Sleeps before the next try; raises `error` once the patience has run out."""
+        now = time.monotonic()
+        if self._away_since is None:
+            self._away_since = now
+        left = self._seconds - (now - self._away_since)
+        if left <= 0:
+            raise error
+        time.sleep(min(self._pause, left))
+        self._pause = min(self._pause * 2, LONGEST_PAUSE_SECONDS)
+
+
+class Skipline:
+    """A connection to a Skipline server; close it, or use it in a `with` statement.
+
+    Args:
+        url: where the server is; by default `SKIPLINE_API_URL`.
+        api_key: sent as `Authorization: Bearer`; by default `SKIPLINE_API_KEY`.
+        timeout: seconds that one answer may take.
+        patience: seconds for which streams and waits put up with a server that is away.
+
+    Every method raises `ServerUnreachable` when no answer comes, and `SkiplineError` for whatever
+    else the server does not do.
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        api_key: str | None = None,
+        *,
+        timeout: float = 60.0,
+        patience: float = 60.0,
+    ) -> None:
+        settings = ClientSettings()
+        self.url = (url or settings.api_url).rstrip("/")
+        self.patience = patience
+        self._timeout = timeout
+        if api_key is None and settings.api_key is not None:
+            api_key = settings.api_key.get_secret_value()
+        self._http = self._connect(api_key)
+
+    def _connect(self, api_key: str | None) -> httpx2.Client:
+        try:
+            url = httpx2.URL(self.url)
+            if url.scheme not in ("http", "https") or not url.host:
+                raise ValueError("it has to look like http://127.0.0.1:8000")
+            return httpx2.Client(
+                base_url=url,
+                headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+                timeout=self._timeout,
+                # A proxy set for the world outside cannot reach this machine's loopback.
+                trust_env=url.host not in ("127.0.0.1", "localhost", "::1"),
+            )
+        except (httpx2.InvalidURL, ValueError) as error:
+            raise SkiplineError(
+                f"{self.url!r} is no address of a server: {error}", code="invalid_url"
+            ) from None
+
+    def close(self) -> None:
+        self._http.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # Jobs.
+
+    def train(self, spec: TrainSpec | Mapping[str, Any] | None = None, /, **settings: Any) -> Job:
+        """Starts a training: `train(dataset="digits", model={"arch": "resnet18"}, epochs=5)`.
+
+        Takes a spec, keys of one, or both; single keys win.
+        """
+        given = _as_written(spec) if isinstance(spec, TrainSpec) else dict(spec or {})
+        return self.submit({"kind": "train", **given, **settings})
+
+    def evaluate(
+        self, model: str, dataset: str, *, split: str | None = None, **settings: Any
+    ) -> Job:
+        """Starts the evaluation of a model (a job's or a checkpoint's id) on a dataset's split."""
+        return self.submit(
+            {"kind": "evaluate", "model": model, "dataset": dataset, "split": split, **settings}
+        )
+
+    def submit(self, document: TrainSpec | EvaluateSpec | Mapping[str, Any]) -> Job:
+        """Sends a whole job request. The job returned is stored and waits to be run."""
+        body = dict(document) if isinstance(document, Mapping) else _as_written(document)
+        return self._ask(Job, "POST", "jobs", json=body)
+
+    def job(self, job_id: str) -> Job:
+        """The job as it stands."""
+        return self._ask(Job, "GET", f"jobs/{_segment(job_id)}")
+
+    def jobs(
+        self, *, status: str | None = None, kind: str | None = None, limit: int | None = None
+    ) -> Iterator[Job]:
+        """The jobs, newest first as the server lists them; at most `limit`."""
+        found = 0
+        for page in self._pages(Page[Job], "jobs", {"status": status, "kind": kind}, limit):
+            for job in page.items[: None if limit is None else limit - found]:
+                found += 1
+                yield job
+            if found == limit:
+                return
+
+    def cancel(self, job_id: str) -> Job:
+        """Asks a job to end and give up its result."""
+        return self._ask(Job, "POST", f"jobs/{_segment(job_id)}/cancel")
+
+    def wait(self, job_id: str) -> Job:
+        """The job once its status will not change any more; outlasts restarts of the server."""
+        patience = Patience(self.patience)
+        pause = 0.1
+        while True:
+            try:
+                job = self.job(job_id)
+            except ServerUnreachable as error:
+                patience.pause(error)
+                continue
+            if job.status.is_terminal:
+                return job
+            patience.reset()
+            time.sleep(pause)
+            pause = min(pause * 1.5, LONGEST_PAUSE_SECONDS)
+
+    # What a job has made.
+
+    def metrics(
+        self,
+        job_id: str,
+        *,
+        names: Sequence[str] = (),
+        after: str | None = None,
+        max_points: int | None = None,
+    ) -> Metrics:
+        """The job's series. `after`: the `next` of an earlier answer, for what came since then."""
+        query = {"names": ",".join(names) or None, "after": after, "max_points": max_points}
+        return self._ask(Metrics, "GET", f"jobs/{_segment(job_id)}/metrics", params=query)
+
+    def stream_metrics(self, job_id: str, last_event_id: int | None = None) -> Iterator[LiveEvent]:
+        """The job's points as they come, from the start or from after `last_event_id`.
+
+        Ends with an `EndEvent`. A connection that drops is taken up again where it broke, so that
+        no point is lost or doubled. After a `RewindEvent` the points later than its step are void.
+        """
+        patience = Patience(self.patience)
+        while True:
+            opened = time.monotonic()
+            try:
+                for event in self._connection_events(job_id, last_event_id):
+                    patience.reset()
+                    last_event_id = event.id
+                    yield event
+                    if isinstance(event, EndEvent):
+                        return
+                reason = "the stream ended early"
+            except httpx2.TransportError as error:
+                reason = _reason(error)
+            except ServerUnreachable as error:
+                reason = error.reason
+            if time.monotonic() - opened > LONGEST_PAUSE_SECONDS:
+                patience.reset()  # It was up and silent; this is no row of failures.
+            patience.pause(ServerUnreachable(self.url, reason))
+
+    def _connection_events(self, job_id: str, last_event_id: int | None) -> Iterator[LiveEvent]:
+        """The events of one connection. Raises httpx2's `TransportError` when it breaks."""
+        with self._http.sse(
+            f"jobs/{_segment(job_id)}/metrics",
+            headers={} if last_event_id is None else {"Last-Event-ID": str(last_event_id)},
+            timeout=httpx2.Timeout(self._timeout, read=STREAM_SILENCE_SECONDS),
+        ) as source:
+            if not source.response.is_success:
+                source.response.read()
+                raise self._refusal(source.response)
+            try:
+                for event in source:
+                    if kind := EVENT_TYPES.get(event.event):
+                        number = event.id or last_event_id
+                        yield kind.model_validate({**_object(event), "id": number})
+            except (httpx2.SSEError, ValueError):
+                raise self._stranger(source.response) from None
+
+    def checkpoints(self, job_id: str) -> list[Checkpoint]:
+        """The stored states of the job's model."""
+        pages = self._pages(Page[Checkpoint], f"jobs/{_segment(job_id)}/checkpoints")
+        return [checkpoint for page in pages for checkpoint in page.items]
+
+    def report(self, job_id: str) -> Report:
+        """What an evaluation, or the end of a training, found."""
+        return self._ask(Report, "GET", f"jobs/{_segment(job_id)}/report")
+
+    # Datasets, architectures, predictions.
+
+    def datasets(self) -> DatasetPage:
+        """All stored datasets, and the built-in ones that can be asked for by name."""
+        pages = list(self._pages(DatasetPage, "datasets"))
+        items: list[Dataset] = [dataset for page in pages for dataset in page.items]
+        return pages[0].model_copy(update={"items": items, "next": None})
+
+    def add_dataset(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        builtin: str | None = None,
+        name: str | None = None,
+        val_fraction: float | None = None,
+    ) -> Job:
+        """Starts bringing in a folder or archive of class folders on the server's disk, or a
+        built-in by name; the finished job's `result["dataset_id"]` names the dataset.
+
+        A relative `path` is taken from the working directory of this process.
+        """
+        if (path is None) == (builtin is None):
+            raise ValueError("add_dataset takes either path or builtin")
+        if path is not None:
+            absolute = os.path.abspath(os.path.expanduser(path))
+            body: dict[str, Any] = {"source": "path", "path": absolute, "name": name}
+        else:
+            body = {"source": "builtin", "name": builtin}
+        if val_fraction is not None:
+            body["val_fraction"] = val_fraction
+        given = {key: value for key, value in body.items() if value is not None}
+        return self._ask(Job, "POST", "datasets", json=given)
+
+    def architectures(self) -> list[Architecture]:
+        """The networks that can be asked for."""
+        pages = self._pages(Page[Architecture], "architectures")
+        return [architecture for page in pages for architecture in page.items]
+
+    def predict(
+        self,
+        images: str | os.PathLike[str] | bytes | Sequence[str | os.PathLike[str] | bytes],
+        *,
+        model: str,
+        top_k: int | None = None,
+    ) -> Predictions:
+        """Classifies images, given as paths or as the bytes of image files.
+
+        `model`: a checkpoint's id, or a job's for its best checkpoint. Raises `OSError` for a path
+        that cannot be read.
+        """
+        if isinstance(images, (str, bytes, os.PathLike)):
+            images = [images]
+        files = [("image", _upload(image, place)) for place, image in enumerate(images)]
+        form = {"model": model} | ({} if top_k is None else {"top_k": str(top_k)})
+        return self._ask(Predictions, "POST", "predict", data=form, files=files)
+
+    def ready(self) -> Readiness:
+        """Whether the server can work, and each thing that it needs."""
+        return self._ask(Readiness, "GET", "readyz", expected=(200, 503))
+
+    # The wire.
+
+    def _pages(
+        self,
+        kind: type[PageT],
+        path: str,
+        query: Mapping[str, Any] | None = None,
+        limit: int | None = None,
+    ) -> Iterator[PageT]:
+        size = PAGE_SIZE if limit is None else min(limit, PAGE_SIZE)
+        after: str | None = None
+        while True:
+            part = {**(query or {}), "limit": size, "after": after}
+            page = self._ask(kind, "GET", path, params=part)
+            yield page
+            after = page.next
+            if after is None:
+                return
+
+    def _ask(
+        self,
+        kind: type[DocumentT],
+        method: str,
+        path: str,
+        *,
+        params: Mapping[str, Any] | None = None,
+        expected: Sequence[int] = (200, 201, 202),
+        **body: Any,
+    ) -> DocumentT:
+        query = {key: value for key, value in (params or {}).items() if value is not None}
+        try:
+            response = self._http.request(method, path, params=query, **body)
+        except httpx2.TransportError as error:
+            raise ServerUnreachable(self.url, _reason(error)) from error
+        if response.status_code not in expected:
+            raise self._refusal(response)
+        try:
+            return kind.model_validate_json(response.content)
+        except ValidationError:
+            raise self._stranger(response) from None
+
+    def _refusal(self, response: httpx2.Response) -> SkiplineError:
+        """The error that an answer other than 2xx stands for."""
+        try:
+            problem = ProblemDocument.model_validate_json(response.content)
+        except ValidationError:
+            return self._stranger(response)
+        return SkiplineError(
+            problem.detail, code=problem.code, status=response.status_code, errors=problem.errors
+        )
+
+    def _stranger(self, response: httpx2.Response) -> SkiplineError:
+        """The error for an answer that no Skipline server gives."""
+        if response.status_code in (502, 503, 504):
+            return ServerUnreachable(self.url, f"a gateway says {response.status_code}")
+        request = response.request
+        return SkiplineError(
+            f"{request.method} {request.url} answered {response.status_code} with something that "
+            "is not Skipline's. Does SKIPLINE_API_URL name a Skipline server of this version?",
+            code="unexpected_answer",
+            status=response.status_code,
+        )
+
+
+def _reason(error: httpx2.TransportError) -> str:
+    """In words; an error's number says nothing that its text does not."""
+    text = re.sub(r"^\[Errno -?\d+\] ", "", str(error)) or type(error).__name__
+    return text[:1].lower() + text[1:]
+
+
+def _segment(value: str) -> str:
+    return quote(value, safe="")
+
+
+def _as_written(spec: TrainSpec | EvaluateSpec) -> dict[str, Any]:
+    """The keys that were given; the server fills in its own defaults, and may do so by dataset."""
+    document = spec.model_dump(mode="json", exclude_unset=True)
+    document["kind"] = spec.kind
+    for part in ("optimizer", "scheduler"):
+        if part in document:  # The name chooses the variant, also where it was left to its class.
+            document[part]["name"] = getattr(spec, part).name
+    return document
+
+
+def _upload(image: str | os.PathLike[str] | bytes, place: int) -> tuple[str, bytes]:
+    if isinstance(image, bytes):
+        return str(place), image
+    path = Path(image)
+    return path.name, path.read_bytes()
+
+
+def _object(event: httpx2.ServerSentEvent) -> dict[str, Any]:
+    data = event.json()
+    return data if isinstance(data, dict) else {}

@@ -1,0 +1,200 @@
+"""Real services for end-to-end tests: `skipline up` in a process of its own, once on SQLite with
+the file-system broker and once on PostgreSQL with Redis, and tiny real datasets."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from skipline import Skipline
+from skipline.client import SkiplineError
+from skipline.schemas import Job, JobStatus
+
+PATIENCE_SECONDS = 120.0
+
+
+def wait_for(condition: Callable[[], Any], what: str, seconds: float = PATIENCE_SECONDS) -> Any:
+    """The first true value of `condition`."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if value := condition():
+            return value
+        time.sleep(0.05)
+    pytest.fail(f"No {what} within {seconds:.0f} s")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@dataclass
+class Service:
+    """A `skipline up` with a home folder of its own."""
+
+    home: Path
+    environment: dict[str, str]
+    port: int = field(default_factory=free_port)
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def log_path(self) -> Path:
+        return self.home.parent / "up.log"
+
+    def client(self) -> Skipline:
+        return Skipline(self.url)
+
+    def start(self) -> Service:
+        with self.log_path.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "skipline", "up", "--port", str(self.port)],
+                env=self.environment,
+                cwd=self.home.parent,
+                stdout=log,
+                stderr=log,
+            )
+        wait_for(self.is_ready, "service that is ready")
+        return self
+
+    def is_ready(self) -> bool:
+        assert self.process is not None
+        if self.process.poll() is not None:
+            pytest.fail(f"the service ended: {self.log_path.read_text()[-2000:]}")
+        try:
+            with self.client() as client:
+                return client.ready().status == "ready"
+        except SkiplineError:
+            return False
+
+    def stop(self) -> None:
+        """As Ctrl-C does."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+            assert self.process.wait(60) == 0, self.log_path.read_text()[-2000:]
+
+    def processes(self, *words: str) -> list[int]:
+        """The living processes of this service whose command line holds all `words`."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdigit():
+                continue
+            try:
+                environment = (entry / "environ").read_bytes()
+                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                is_zombie = (entry / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
+            except OSError:
+                continue
+            mine = f"SKIPLINE_HOME={self.home}".encode() in environment
+            if mine and not is_zombie and all(word in command for word in words):
+                found.append(int(entry.name))
+        return found
+
+    def trainers(self, job: Job) -> list[int]:
+        """The process that trains: of all runners, the one that wrote the job's output file."""
+        logs = list((self.home / "logs").glob(f"{job.id}.*.log"))
+        found = []
+        for pid in self.processes("worker.runner"):
+            target = Path(f"/proc/{pid}/fd/1")
+            try:
+                if Path(os.readlink(target)) in logs:
+                    found.append(pid)
+            except OSError:
+                continue
+        return found
+
+
+@pytest.fixture(params=["sqlite+filesystem", "postgresql+redis"])
+def stack(request: pytest.FixtureRequest) -> dict[str, str]:
+    """The variables that choose database and broker."""
+    if request.param == "sqlite+filesystem":
+        return {}
+    return {
+        "SKIPLINE_DATABASE_URL": request.getfixturevalue("postgres_schema_url"),
+        "SKIPLINE_BROKER_URL": request.getfixturevalue("redis_url"),
+    }
+
+
+@pytest.fixture
+def service(tmp_path: Path, stack: dict[str, str]) -> Iterator[Service]:
+    """A running service. At the end it is stopped, and must leave no process behind."""
+    home = tmp_path / "home"
+    environment = {
+        **os.environ,
+        **stack,
+        "SKIPLINE_HOME": str(home),
+        "SKIPLINE_DATASET_ROOTS": str(tmp_path),
+        "SKIPLINE_GRACE_SECONDS": "20",
+    }
+    environment.pop("SKIPLINE_LIFELINE", None)
+    running = Service(home, environment).start()
+    try:
+        yield running
+        running.stop()
+        wait_for(lambda: not running.processes(), "end of all processes", 30)
+    finally:
+        for pid in running.processes():
+            os.kill(pid, signal.SIGKILL)
+        if running.process is not None:
+            running.process.wait()
+
+
+@pytest.fixture
+def stripes(tmp_path: Path) -> Path:
+    """A folder of real PNG files, 8x8: class `across` has horizontal stripes, `down` vertical
+    ones, with seeded noise. 48 images to train on and 16 to test."""
+    rng = np.random.default_rng(0)
+    rows = np.arange(8)
+    for split, count in (("train", 24), ("test", 8)):
+        for label in ("across", "down"):
+            folder = tmp_path / "stripes" / split / label
+            folder.mkdir(parents=True)
+            for number in range(count):
+                wave = 128 + 100 * np.sin(rows * 1.6 + rng.uniform(0, 6))
+                grid = (
+                    np.tile(wave[:, None], (1, 8)) if label == "across" else np.tile(wave, (8, 1))
+                )
+                noisy = np.clip(grid + rng.normal(0, 10, (8, 8)), 0, 255).astype(np.uint8)
+                Image.fromarray(noisy).convert("RGB").save(folder / f"{number:03}.png")
+    return tmp_path / "stripes"
+
+
+def bring_in(client: Skipline, folder: Path, name: str = "stripes") -> str:
+    """Ingests the folder; returns the dataset's id."""
+    job = client.wait(client.add_dataset(path=folder, name=name).id)
+    assert job.status is JobStatus.succeeded, job.error
+    assert job.result is not None
+    dataset_id: str = job.result["dataset_id"]
+    return dataset_id
+
+
+def tiny_spec(**keys: Any) -> dict[str, Any]:
+    """A training that takes seconds: ResNet-18 on 8x8 pixels, six steps an epoch."""
+    return {
+        "kind": "train",
+        "dataset": "stripes",
+        "image_size": 8,
+        "augment": ["random_crop"],
+        "epochs": 3,
+        "batch_size": 8,
+        "optimizer": {"lr": 0.02},
+        "log_every_steps": 2,
+        "seed": 1,
+    } | keys

@@ -1,0 +1,149 @@
+"""One job from its spec to a prediction, over HTTP, on both stacks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from skipline import Skipline
+from skipline.client import SkiplineError
+from skipline.schemas import EndEvent, JobStatus, MetricEvent
+from tests.e2e.conftest import Service, bring_in, tiny_spec, wait_for
+
+
+def test_a_job_is_posted_watched_evaluated_and_served(service: Service, stripes: Path) -> None:
+    with service.client() as client:
+        dataset_id = bring_in(client, stripes)
+        job = client.submit(tiny_spec(epochs=6))
+        assert job.status in (JobStatus.queued, JobStatus.running)
+        assert job.spec["scheduler"] == {"name": "cosine", "warmup_epochs": 1.0, "min_lr": 0.0}
+
+        # Watched while it trains, cut off, and taken up where the cut was.
+        head = list(islice(client.stream_metrics(job.id), 5))
+        numbers = [event.id for event in head if isinstance(event, MetricEvent)]
+        assert numbers == [1, 2, 3, 4, 5]
+        wait_for(lambda: client.checkpoints(job.id), "checkpoint")
+        image = stripes / "test" / "down" / "000.png"
+        early = client.predict([image], model=job.id)
+        assert early.model.job_id == job.id
+
+        tail = list(client.stream_metrics(job.id, last_event_id=5))
+        assert isinstance(tail[-1], EndEvent)
+        assert tail[-1].status is JobStatus.succeeded
+        points = [event for event in head + tail if isinstance(event, MetricEvent)]
+        assert [point.id for point in points] == list(range(1, len(points) + 1))
+        assert Counter((point.name, point.step) for point in points).most_common(1)[0][1] == 1
+        # 48 images in batches of 8 are 6 steps an epoch; every 2 steps a point.
+        assert [p.step for p in points if p.name == "train_loss"] == list(range(2, 37, 2))
+        assert [(p.epoch, p.step) for p in points if p.name == "val_top1"] == [
+            (epoch, 6 * epoch) for epoch in range(1, 7)
+        ]
+
+        stored = client.metrics(job.id)
+        assert {name: len(series) for name, series in stored.series.items()} == Counter(
+            point.name for point in points
+        )
+
+        done = client.job(job.id)
+        assert done.status is JobStatus.succeeded
+        assert (done.attempt, done.error) == (1, None)
+        assert done.progress is not None
+        assert (done.progress.step, done.progress.epoch) == (36, 6)
+        report = client.report(job.id)
+        assert (report.selected_on, report.split, report.num_samples) == ("test", "test", 16)
+        assert [sum(row) for row in report.confusion] == [8, 8]
+        assert report.top1 >= 0.9
+        assert done.result is not None
+        assert done.result["top1"] == report.top1
+        best = min(p.value for p in points if p.name == "val_loss")
+        assert report.loss == pytest.approx(best, rel=1e-4)
+
+        # The whole test split, predicted, gives the report's top-1.
+        files = sorted((stripes / "test").rglob("*.png"))
+        answer = client.predict(files, model=job.id, top_k=2)
+        hits = [
+            prediction.top[0].label == file.parent.name
+            for prediction, file in zip(answer.predictions, files, strict=True)
+        ]
+        assert sum(hits) / len(hits) == report.top1
+        for prediction in answer.predictions:
+            assert sum(entry.probability for entry in prediction.top) == pytest.approx(1, abs=1e-4)
+
+        evaluation = client.wait(client.evaluate(model=job.id, dataset=dataset_id).id)
+        assert evaluation.status is JobStatus.succeeded, evaluation.error
+        assert client.report(evaluation.id).confusion == report.confusion
+
+
+def test_jobs_wait_their_turn_and_can_be_cancelled(service: Service, stripes: Path) -> None:
+    with service.client() as client:
+        bring_in(client, stripes)
+        first = client.submit(tiny_spec(epochs=10_000))
+        second = client.submit(tiny_spec())
+        third = client.submit(tiny_spec())
+        wait_for(lambda: client.job(first.id).status is JobStatus.running, "running job")
+        assert client.job(second.id).queue_position == 1
+        assert client.job(third.id).queue_position == 2
+        assert client.cancel(second.id).status is JobStatus.cancelled
+        assert client.job(third.id).queue_position == 1
+
+        wait_for(lambda: client.metrics(first.id).series, "first metrics")
+        [trainer] = service.trainers(first)
+        assert client.cancel(first.id).status is JobStatus.cancelling
+        assert client.wait(first.id).status is JobStatus.cancelled
+        wait_for(lambda: trainer not in service.processes("worker.runner"), "end of the trainer")
+        with pytest.raises(SkiplineError) as refused:
+            client.cancel(client.wait(third.id).id)
+        assert (refused.value.status, refused.value.code) == (409, "illegal_transition")
+
+
+def test_a_training_that_fails_says_why(service: Service, stripes: Path, tmp_path: Path) -> None:
+    with service.client() as client:
+        bring_in(client, stripes)
+        job = client.submit(tiny_spec(optimizer={"lr": 1000, "momentum": 0.99}, epochs=50))
+        ended = client.wait(job.id)
+        assert ended.status is JobStatus.failed
+        assert ended.attempt == 1
+        assert ended.error is not None
+        assert ended.error.code == "nan_loss"
+        assert "optimizer.lr" in ended.error.hint
+        with pytest.raises(SkiplineError) as missing:
+            client.report(job.id)
+        assert missing.value.status == 404
+
+        for label in ("a", "b"):
+            (tmp_path / "broken" / label).mkdir(parents=True)
+            (tmp_path / "broken" / label / "x.png").write_bytes(b"no image")
+        ended = client.wait(client.add_dataset(path=tmp_path / "broken").id)
+        assert ended.status is JobStatus.failed
+        assert ended.error is not None
+        assert ended.error.code == "no_readable_images"
+
+
+def test_what_has_no_checkpoint_cannot_predict(service: Service, stripes: Path) -> None:
+    image = stripes / "test" / "down" / "000.png"
+    with service.client() as client:
+        ingest = client.wait(client.add_dataset(path=stripes, name="stripes").id)
+        for model, status, code in (
+            (ingest.id, 409, "no_checkpoint_yet"),
+            ("nobody", 404, "model_not_found"),
+        ):
+            with pytest.raises(SkiplineError) as refused:
+                client.predict([image], model=model)
+            assert (refused.value.status, refused.value.code) == (status, code)
+
+
+def test_a_service_answers_only_who_has_the_key(service: Service) -> None:
+    service.stop()
+    service.environment["SKIPLINE_API_KEY"] = "a-long-secret"
+    with Skipline(service.url, api_key="a-long-secret") as client:
+        service.client = lambda: Skipline(service.url, api_key="a-long-secret")  # type: ignore[method-assign]
+        service.start()
+        assert client.datasets().items == []
+    with Skipline(service.url, api_key="wrong") as client:
+        with pytest.raises(SkiplineError) as refused:
+            client.datasets()
+        assert refused.value.status == 401
+        assert client.ready().status == "ready"

@@ -1,0 +1,164 @@
+"""A server that answers from a table, and the documents that it answers with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+TIME = "2026-11-01T12:00:00.000Z"
+
+
+@dataclass
+class Asked:
+    """A request as it came in."""
+
+    method: str
+    path: str
+    query: dict[str, str]
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+@dataclass
+class Answer:
+    """What goes back: a body, or parts of a stream after which the connection is cut."""
+
+    body: bytes = b""
+    status: int = 200
+    content_type: str = "application/json"
+    cut: bool = False
+
+
+def answer_json(document: Any, status: int = 200) -> Answer:
+    return Answer(json.dumps(document).encode(), status)
+
+
+def answer_problem(
+    status: int, code: str, detail: str, errors: list[dict[str, str]] | None = None
+) -> Answer:
+    document = {"title": "Refused", "status": status, "detail": detail, "code": code}
+    body = json.dumps(document | {"errors": errors or []}).encode()
+    return Answer(body, status, "application/problem+json")
+
+
+def answer_events(*events: str, cut: bool = False) -> Answer:
+    return Answer("".join(events).encode(), 200, "text/event-stream", cut)
+
+
+def event(kind: str, number: int | None, data: dict[str, Any]) -> str:
+    number_line = "" if number is None else f"id: {number}\n"
+    return f"event: {kind}\n{number_line}data: {json.dumps(data)}\n\n"
+
+
+def metric_event(number: int, step: int, value: float, name: str = "train_loss") -> str:
+    data = {"name": name, "step": step, "epoch": 1, "value": value, "time": TIME, "attempt": 1}
+    return event("metric", number, data)
+
+
+def job_document(**changes: Any) -> dict[str, Any]:
+    """A queued training as the server shows it, with some keys changed."""
+    return {
+        "id": "job-1",
+        "kind": "train",
+        "name": None,
+        "status": "queued",
+        "spec": {
+            "dataset": "digits",
+            "model": {"arch": "resnet18"},
+            "epochs": 2,
+        },
+        "attempt": 0,
+        "progress": None,
+        "queue_position": None,
+        "created_at": TIME,
+        "started_at": None,
+        "finished_at": None,
+        "result": None,
+        "error": None,
+        "stop_reason": None,
+        "parent_id": None,
+    } | changes
+
+
+def point(step: int, value: float, epoch: int = 1) -> dict[str, Any]:
+    return {"step": step, "epoch": epoch, "value": value, "time": TIME}
+
+
+def report_document() -> dict[str, Any]:
+    """Two classes, 4 images each: one cat is called a dog."""
+    row = {"num_samples": 4, "f1": 0.875}
+    return {
+        "dataset": "pets",
+        "dataset_id": "d-1",
+        "split": "test",
+        "num_samples": 8,
+        "loss": 0.25,
+        "top1": 0.875,
+        "top5": 1.0,
+        "mean_class_accuracy": 0.875,
+        "per_class": [
+            {**row, "label": "cat", "accuracy": 0.75, "precision": 1.0, "recall": 0.75},
+            {**row, "label": "dog", "accuracy": 1.0, "precision": 0.8, "recall": 1.0},
+        ],
+        "confusion": [[3, 1], [0, 4]],
+    }
+
+
+@dataclass
+class Server:
+    """Routes are tried by method and path; what was asked is kept in order."""
+
+    url: str = ""
+    asked: list[Asked] = field(default_factory=list)
+    routes: dict[str, Callable[[Asked], Answer]] = field(default_factory=dict)
+
+    def on(self, route: str, answer: Callable[[Asked], Answer] | Answer) -> None:
+        """`server.on("GET /jobs/1", …)`: an answer, or a function that makes one."""
+        self.routes[route] = answer if callable(answer) else lambda _: answer
+
+    def answer(self, asked: Asked) -> Answer:
+        self.asked.append(asked)
+        route = self.routes.get(f"{asked.method} {asked.path}")
+        if route is None:
+            return answer_problem(404, "not_found", "There is no such thing")
+        return route(asked)
+
+
+def handler_of(server: Server) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def _serve(self) -> None:
+            parts = urlsplit(self.path)
+            answer = server.answer(
+                Asked(
+                    method=self.command,
+                    path=parts.path,
+                    query={key: values[0] for key, values in parse_qs(parts.query).items()},
+                    headers={key.lower(): value for key, value in self.headers.items()},
+                    body=self.rfile.read(int(self.headers.get("Content-Length", 0))),
+                )
+            )
+            self.send_response(answer.status)
+            self.send_header("Content-Type", answer.content_type)
+            missing = 1 if answer.cut else 0  # The client waits for a byte that never comes.
+            self.send_header("Content-Length", str(len(answer.body) + missing))
+            self.send_header("Connection", "close")
+            self.end_headers()
+            self.wfile.write(answer.body)
+            self.close_connection = True
+
+        do_GET = do_POST = _serve  # noqa: N815
+
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+            pass
+
+    return Handler

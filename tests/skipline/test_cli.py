@@ -1,0 +1,318 @@
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from skipline.cli import app, watch
+from tests.skipline.replay import (
+    TIME,
+    Answer,
+    Asked,
+    Server,
+    answer_events,
+    answer_json,
+    answer_problem,
+    event,
+    job_document,
+    metric_event,
+    point,
+    report_document,
+)
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def replay(server: Server, *jobs: dict[str, Any], series: Sequence[dict[str, Any]] = ()) -> None:
+    """Shows job-1 as it is at each look, then as it is last, and what is new in its series."""
+    looks = list(jobs)
+    news = list(series)
+
+    def job(_: Asked) -> Answer:
+        return answer_json(looks.pop(0) if len(looks) > 1 else looks[0])
+
+    def metrics(_: Asked) -> Answer:
+        new = news.pop(0) if news else {}
+        return answer_json(
+            {"job_id": "job-1", "status": "running", "series": new, "next": str(9 - len(news))}
+        )
+
+    server.on("GET /jobs/job-1", job)
+    server.on("GET /jobs/job-1/metrics", metrics)
+
+
+@pytest.fixture(autouse=True)
+def _no_pause_between_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "LOOK_SECONDS", 0)
+
+
+def progress(step: int, epoch: int) -> dict[str, Any]:
+    return {
+        "step": step,
+        "num_steps": 40,
+        "epoch": epoch,
+        "num_epochs": 2,
+        "eta_seconds": 75.2,
+        "images_per_second": 800.0,
+    }
+
+
+FAILURE = {"code": "nan_loss", "message": "The loss became NaN at step 3", "hint": "Lower the lr"}
+SUCCEEDED = job_document(
+    status="succeeded", attempt=1, started_at=TIME, finished_at="2026-11-01T12:01:05.000Z"
+)
+
+
+def test_train_sends_options_over_assignments_over_the_file(server: Server, tmp_path: Path) -> None:
+    path = tmp_path / "spec.yaml"
+    path.write_text("{dataset: cifar10, epochs: 9, optimizer: {lr: 0.2}}")
+    server.on("POST /jobs", answer_json(job_document(queue_position=2), 202))
+    result = run(
+        "train", "--spec", str(path), "--dataset", "digits", "--arch", "resnet34",
+        "--set", "optimizer.lr=1e-3", "--set", "tags=[a]",
+    )  # fmt: skip
+    assert result.exit_code == 0
+    assert server.asked[0].json == {
+        "kind": "train",
+        "dataset": "digits",
+        "epochs": 9,
+        "optimizer": {"lr": 0.001},
+        "model": {"arch": "resnet34"},
+        "tags": ["a"],
+    }
+    assert "Job job-1 is queued, no. 2 in the queue." in result.output
+    assert "skipline jobs watch job-1" in result.output
+
+
+def test_a_wrong_value_is_named_before_anything_is_sent(server: Server) -> None:
+    result = run("train", "--dataset", "digits", "--set", "optimizer.lr=0", "--set", "foo=1")
+    assert result.exit_code == 2
+    assert server.asked == []
+    assert "optimizer.lr  Input should be greater than 0" in result.output
+    assert "foo           Unknown key" in result.output
+
+
+def test_what_the_server_refuses_is_shown_with_its_keys(server: Server) -> None:
+    errors = [{"loc": "model.stem", "message": "It shrinks 16 px to nothing"}]
+    server.on("POST /jobs", answer_problem(422, "invalid_spec", "Values are invalid", errors))
+    result = run("train", "--dataset", "digits")
+    assert result.exit_code == 2
+    assert result.stderr == (
+        "error: Values are invalid\n  model.stem  It shrinks 16 px to nothing\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--arch"],
+        ["train", "--dataset", "digits", "--set", "epochs"],
+        ["train", "--spec", "missing.yaml"],
+        ["predict", "missing.png", "--model", "m"],
+        ["jobs", "ls", "--status", "asleep"],
+        ["datasets", "add"],
+        ["metrics", "job-1", "--csv", "--json"],
+        ["nonsense"],
+    ],
+)
+def test_wrong_usage_exits_2(server: Server, arguments: list[str]) -> None:
+    assert run(*arguments).exit_code == 2
+
+
+def test_a_server_that_is_away_exits_3(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SKIPLINE_API_URL", "http://127.0.0.1:1")
+    result = run("jobs")
+    assert result.exit_code == 3
+    assert "No Skipline server answers at http://127.0.0.1:1" in result.stderr
+    assert "skipline up" in result.stderr
+
+
+def test_a_refusal_that_is_no_wrong_input_exits_1(server: Server) -> None:
+    server.on("POST /jobs/job-1/cancel", answer_problem(409, "illegal_transition", "It has ended"))
+    result = run("jobs", "cancel", "job-1")
+    assert result.exit_code == 1
+    assert "error: It has ended" in result.stderr
+
+
+def test_watching_prints_a_line_a_flush_and_a_line_an_epoch(server: Server) -> None:
+    server.on("POST /jobs", answer_json(job_document(queue_position=1), 202))
+    running = job_document(status="running", attempt=1)
+    replay(
+        server,
+        job_document(queue_position=1),
+        {**running, "progress": progress(10, 1)},
+        {**running, "progress": progress(20, 1)},
+        SUCCEEDED | {"progress": progress(40, 2)},
+        series=[
+            {},
+            {"train_top1": [point(10, 0.5)], "train_loss": [point(10, 1.5)]},
+            {"val_loss": [point(20, 0.7)], "val_top1": [point(20, 0.8)]},
+            {"val_loss": [point(40, 0.6, epoch=2)], "val_top1": [point(40, 0.75, epoch=2)]},
+        ],
+    )
+    result = run("train", "--dataset", "digits", "--watch")
+    assert result.exit_code == 0
+    assert result.output.splitlines()[:7] == [
+        "Job job-1",
+        "queued, no. 1 in the queue",
+        "step 10/40  epoch 1/2  loss 1.5000  top-1 50.0 %  ETA 1 min 15 s",
+        "epoch 1/2 done  val loss 0.7000  val top-1 80.0 %",
+        "epoch 2/2 done  val loss 0.6000  val top-1 75.0 %",
+        "✓ succeeded in 1 min 5 s   best top-1 80.0 % (epoch 1)",
+        "  Classify: skipline predict IMAGE --model job-1",
+    ]
+    after = [asked.query.get("after") for asked in server.asked if "metrics" in asked.path]
+    assert after == [None, "6", "7", "8"]
+
+
+def test_a_job_that_fails_exits_1_and_says_why(server: Server) -> None:
+    replay(server, job_document(status="failed", attempt=1, error=FAILURE))
+    result = run("jobs", "watch", "job-1")
+    assert result.exit_code == 1
+    assert result.output.splitlines()[1:] == [
+        "✗ failed",
+        "  nan_loss: The loss became NaN at step 3",
+        "  Lower the lr",
+    ]
+
+
+def test_watching_outlasts_a_restart_of_the_server(server: Server) -> None:
+    replay(server, job_document(), SUCCEEDED)
+    whole = server.routes["GET /jobs/job-1/metrics"]
+    answers = [Answer(b"", 502, "text/plain")]
+    server.on("GET /jobs/job-1/metrics", lambda asked: answers.pop() if answers else whole(asked))
+    result = run("jobs", "watch", "job-1")
+    assert result.exit_code == 0
+    assert "the server is away (a gateway says 502); trying again" in result.output
+
+
+def test_detaching_leaves_the_job_alone(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    replay(server, job_document())
+
+    def interrupt(_: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("skipline.cli.watch.time.sleep", interrupt)
+    result = run("jobs", "watch", "job-1")
+    assert result.exit_code == 130
+    assert "the job goes on" in result.output
+    assert {asked.method for asked in server.asked} == {"GET"}
+
+
+def test_watching_as_json_writes_the_events_as_lines(server: Server) -> None:
+    failed = job_document(status="failed", error=FAILURE)
+    replay(server, job_document(), failed)
+    server.on(
+        "GET /jobs/job-1/metrics",
+        answer_events(metric_event(7, 10, 1.5), event("end", 7, {"status": "failed"})),
+    )
+    result = run("jobs", "watch", "job-1", "--json")
+    assert result.exit_code == 1
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [(line["event"], line["id"]) for line in lines] == [
+        ("job", None),
+        ("metric", 7),
+        ("end", 7),
+        ("job", None),
+    ]
+    assert lines[1]["data"]["value"] == 1.5
+    assert lines[-1]["data"]["error"] == FAILURE
+
+
+def test_an_evaluation_that_is_watched_prints_its_report(server: Server) -> None:
+    done = SUCCEEDED | {"kind": "evaluate", "spec": {"dataset": "pets", "split": "test"}}
+    server.on("POST /jobs", answer_json(job_document(kind="evaluate"), 202))
+    replay(server, done)
+    server.on("GET /jobs/job-1/report", answer_json(report_document()))
+    result = run("evaluate", "--model", "job-0", "--dataset", "pets", "--watch")
+    assert result.exit_code == 0
+    assert server.asked[0].json == {"kind": "evaluate", "model": "job-0", "dataset": "pets"}
+    rows = [line.split() for line in result.output.splitlines()]
+    assert ["cat", "4", "75.0", "%", "100.0", "%", "87.5", "%"] in rows
+    assert "1 x cat called dog" in result.output
+
+
+def test_a_dataset_is_waited_for_and_named(server: Server, tmp_path: Path) -> None:
+    done = SUCCEEDED | {
+        "kind": "ingest",
+        "spec": {"path": "/x"},
+        "progress": progress(40, 1),
+        "result": {"dataset_id": "d-1"},
+    }
+    server.on("POST /datasets", answer_json(job_document(kind="ingest"), 202))
+    replay(server, done)
+    result = run("datasets", "add", str(tmp_path), "--name", "pets")
+    assert result.exit_code == 0
+    assert server.asked[0].json == {"source": "path", "path": str(tmp_path), "name": "pets"}
+    assert "Dataset d-1 is ready." in result.output
+
+
+def test_jobs_are_listed_with_what_they_are_about(server: Server) -> None:
+    jobs = [
+        job_document(id="a", status="queued", queue_position=3),
+        job_document(id="b", kind="ingest", spec={"path": "/photos"}, status="running"),
+        job_document(id="c", name="[bold]mine", status="running", progress=progress(10, 1)),
+    ]
+    server.on("GET /jobs", answer_json({"items": jobs, "next": None}))
+    lines = [line.rstrip() for line in run("jobs").output.splitlines()]
+    assert lines[1].split()[:4] == ["a", "queued", "no.", "3"]
+    assert lines[1].endswith("train: resnet18 on digits")
+    assert lines[2].endswith("ingest: /photos")
+    assert "25 %" in lines[3]
+    assert lines[3].endswith("train: [bold]mine")
+    assert "\x1b" not in "".join(lines)
+
+
+def test_lists_are_printed_as_json_on_request(server: Server) -> None:
+    server.on("GET /jobs", answer_json({"items": [job_document()], "next": None}))
+    server.on("GET /datasets", answer_json({"items": [], "next": None, "builtin": []}))
+    assert json.loads(run("jobs", "ls", "--json").stdout)["items"] == [job_document()]
+    assert json.loads(run("datasets", "ls", "--json").stdout)["builtin"] == []
+
+
+def test_a_job_is_shown_with_its_error_and_spec(server: Server) -> None:
+    server.on("GET /jobs/job-1", answer_json(job_document(status="failed", error=FAILURE)))
+    server.on("GET /jobs/job-1/checkpoints", answer_json({"items": [], "next": None}))
+    output = run("jobs", "show", "job-1").output
+    assert "nan_loss: The loss became NaN at step 3" in output
+    assert "model: {arch: resnet18}" in output
+
+
+def test_metrics_are_a_table_csv_json_or_a_picture(server: Server, tmp_path: Path) -> None:
+    series = {"train_loss": [point(1, 2.0), point(2, 0.5)], "val_top1": [point(2, 0.9)]}
+    document = {"job_id": "job-1", "status": "running", "series": series, "next": "3"}
+    server.on("GET /jobs/job-1/metrics", answer_json(document))
+    server.on("GET /jobs/job-1", answer_json(job_document()))
+    table = [line.split() for line in run("metrics", "job-1").output.splitlines()]
+    assert table[1] == ["train_loss", "0.5000", "0.5000", "2.0000", "2", "█▁"]
+    assert table[2] == ["val_top1", *["90.0", "%"] * 3, "1", "▄"]
+    rows = list(csv.reader(run("metrics", "job-1", "--csv").stdout.splitlines()))
+    assert rows[1] == ["train_loss", "1", "1", "2.0", TIME]
+    assert len(rows) == 4
+    assert json.loads(run("metrics", "job-1", "--json").stdout) == document
+    picture = tmp_path / "out.png"
+    assert run("metrics", "job-1", "--plot", str(picture)).exit_code == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_predictions_are_listed_from_the_likeliest(server: Server, tmp_path: Path) -> None:
+    photo = tmp_path / "photo.png"
+    photo.write_bytes(b"image")
+    top = [
+        {"label": "cat", "index": 0, "probability": 0.75},
+        {"label": "dog", "index": 1, "probability": 0.25},
+    ]
+    model = {"checkpoint_id": "c", "job_id": "j", "arch": "resnet18", "epoch": 1, "step": 1}
+    found = [{"image": "photo.png", "top": top, "confidence": 0.75}]
+    server.on("POST /predict", answer_json({"model": model, "predictions": found, "timing_ms": {}}))
+    lines = run("predict", str(photo), "--model", "j").output.splitlines()
+    assert lines[0] == "photo.png"
+    assert lines[1].split() == ["cat", "75.0", "%", "█" * 18]
+    assert lines[2].split() == ["dog", "25.0", "%", "█" * 6]

@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from shared.vision.preprocessing import Normalizer, Preprocessing
+from worker.engine.data import ArrayData, DeviceData
+from worker.engine.evaluate import Evaluation, build_report, confusion_matrix, evaluate
+from worker.engine.runtime import Runtime
+
+CPU = torch.device("cpu")
+RUNTIME = Runtime("cpu", "fp32", 1)
+BYTES = Preprocessing(image_size=1, channel_mean=(0, 0, 0), channel_std=(1, 1, 1))
+
+
+class Brightest(nn.Module):
+    """Scores class c by one pixel's red minus c tenths, as log-probabilities would be."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.levels = torch.arange(num_classes) / 10
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return -(x[:, :1, 0, 0] - self.levels).abs() * 100
+
+
+def reds(levels: list[float], labels: list[int]) -> DeviceData:
+    images = np.zeros((len(levels), 1, 1, 3), dtype=np.uint8)
+    images[:, 0, 0, 0] = np.round(np.array(levels) * 255)
+    return DeviceData(ArrayData(images, np.array(labels)), CPU)
+
+
+def run(data: DeviceData, num_classes: int, batch_size: int) -> Evaluation:
+    return evaluate(
+        Brightest(num_classes),
+        data,
+        Normalizer(BYTES, CPU),
+        RUNTIME,
+        batch_size=batch_size,
+        before_batch=lambda done, total: None,
+    )
+
+
+def test_answers_and_hits_are_counted_per_image() -> None:
+    # The answers are classes 0, 1, 9; of class 6's image the best five are 7, 8, 9, 5, 6 at 0.9.
+    evaluation = run(reds([0.0, 0.1, 0.9], [0, 2, 3]), num_classes=10, batch_size=2)
+    assert evaluation.predicted.tolist() == [0, 1, 9]
+    assert evaluation.in_top5.tolist() == [True, True, False]
+    assert evaluation.top1 == pytest.approx(1 / 3)
+    assert evaluation.top5 == pytest.approx(2 / 3)
+
+
+def test_with_few_classes_every_answer_is_among_the_best_five() -> None:
+    assert run(reds([0.0, 0.1], [1, 0]), num_classes=3, batch_size=2).top5 == 1
+
+
+def test_the_ragged_last_batch_counts() -> None:
+    data = reds([0.0, 0.1, 0.2, 0.3, 0.4], [0, 1, 2, 3, 4])
+    whole, cut = run(data, 5, batch_size=5), run(data, 5, batch_size=2)
+    assert len(cut.labels) == 5
+    assert cut.top1 == 1
+    np.testing.assert_allclose(cut.losses, whole.losses, rtol=1e-6)
+
+
+def test_the_loss_is_the_mean_cross_entropy() -> None:
+    evaluation = run(reds([0.0], [1]), num_classes=2, batch_size=1)
+    assert evaluation.loss == pytest.approx(10 + math.log1p(math.exp(-10)), rel=1e-5)
+
+
+def test_evaluation_leaves_the_model_in_its_mode_and_as_it_was() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3, 2))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.train()
+    looks: list[tuple[int, int]] = []
+    evaluate(
+        model,
+        reds([0.0, 0.5, 0.7], [0, 1, 1]),
+        Normalizer(BYTES, CPU),
+        RUNTIME,
+        batch_size=2,
+        before_batch=lambda done, total: looks.append((done, total)),
+    )
+    assert model.training
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert looks == [(0, 2), (1, 2)]
+
+
+def judged(labels: list[int], predicted: list[int]) -> Evaluation:
+    count = len(labels)
+    return Evaluation(
+        np.array(labels), np.array(predicted), np.ones(count, np.float32), np.ones(count, bool)
+    )
+
+
+def test_confusion_has_the_truth_in_rows() -> None:
+    confusion = confusion_matrix(judged([0, 0, 0, 1], [0, 1, 1, 1]), 3)
+    assert confusion.tolist() == [[1, 2, 0], [0, 1, 0], [0, 0, 0]]
+
+
+def test_a_report_says_what_was_worked_out_by_hand() -> None:
+    report = build_report(
+        judged([0, 0, 0, 0, 1, 1], [0, 0, 0, 1, 1, 3]),
+        ["a", "b", "empty", "called"],
+        dataset="letters",
+        dataset_id="ds-1",
+        split="val",
+        selected_on="val",
+    )
+    assert report.num_samples == 6
+    assert report.top1 == pytest.approx(4 / 6)
+    assert report.loss == 1
+    assert report.mean_class_accuracy == pytest.approx((3 / 4 + 1 / 2) / 2)
+    rows = [(c.label, c.num_samples, c.accuracy, c.precision, c.recall) for c in report.per_class]
+    assert rows == [
+        ("a", 4, 0.75, 1.0, 0.75),
+        ("b", 2, 0.5, 0.5, 0.5),
+        ("empty", 0, 0.0, 0.0, 0.0),
+        ("called", 0, 0.0, 0.0, 0.0),
+    ]
+    assert [c.f1 for c in report.per_class] == pytest.approx([6 / 7, 0.5, 0, 0])
+    assert report.confusion[1] == [0, 1, 0, 1]

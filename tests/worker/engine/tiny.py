@@ -1,0 +1,136 @@
+"""A tiny problem, a network of milliseconds for it, and a sink that remembers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from shared.vision.preprocessing import Preprocessing
+from skipline.schemas import Progress
+from skipline.specs import TrainSpec
+from worker.engine.data import ArrayData
+from worker.engine.events import Control, TrainingCheckpoint
+from worker.engine.runtime import Runtime
+from worker.engine.trainer import FitResult, Resume, fit
+
+IMAGE_SIZE = 8
+NUM_CLASSES = 3
+NUM_TRAIN, NUM_VAL = 22, 10
+
+PREPROCESSING = Preprocessing(
+    image_size=IMAGE_SIZE, channel_mean=(0.45, 0.45, 0.45), channel_std=(0.25, 0.25, 0.25)
+)
+RUNTIME = Runtime(device="cpu", precision="fp32", num_threads=torch.get_num_threads())
+
+
+def colored(num_samples: int, seed: int) -> ArrayData:
+    """Noise in which the class's channel is brighter."""
+    generator = np.random.default_rng(seed)
+    labels = np.arange(num_samples) % NUM_CLASSES
+    images = generator.integers(0, 180, (num_samples, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
+    images[np.arange(num_samples), :, :, labels] += 70
+    return ArrayData(images, labels.astype(np.int64))
+
+
+@dataclass
+class Recorder:
+    """A sink that keeps copies of what it was told."""
+
+    points: list[tuple[str, int, int, float]] = field(default_factory=list)
+    progresses: list[Progress] = field(default_factory=list)
+    events: list[str] = field(default_factory=list)
+    checkpoints: list[TrainingCheckpoint] = field(default_factory=list)
+    on_checkpoint: Callable[[], None] = lambda: None
+
+    def metrics(self, values: Mapping[str, float], *, step: int, epoch: int) -> None:
+        self.points += [(name, step, epoch, value) for name, value in values.items()]
+
+    def progress(self, progress: Progress) -> None:
+        self.progresses.append(progress)
+
+    def event(self, level: str, kind: str, message: str, data: Mapping[str, Any]) -> None:
+        self.events.append(kind)
+
+    def save_checkpoint(self, checkpoint: TrainingCheckpoint) -> None:
+        weights = {name: weight.clone() for name, weight in checkpoint.weights.items()}
+        resume = copy.deepcopy(checkpoint.resume)
+        self.checkpoints.append(replace(checkpoint, weights=weights, resume=resume))
+        self.on_checkpoint()
+
+    def values(self, name: str) -> list[float]:
+        return [value for point, _, _, value in self.points if point == name]
+
+    def reproducible_points(self) -> list[tuple[str, int, int, float]]:
+        """All but what the clock says."""
+        timed = ("images_per_second", "epoch_seconds")
+        return [point for point in self.points if point[0] not in timed]
+
+
+class ReleaseAt(Control):
+    """Asks for a release (or else) at the n-th look, that is, before the n-th batch."""
+
+    def __init__(self, looks: int, request: str = "release") -> None:
+        self.looks_left = looks
+        self.then = request
+
+    def check(self) -> None:
+        self.looks_left -= 1
+        if self.looks_left == 0:
+            self.request = self.then  # type: ignore[assignment]
+        super().check()
+
+
+def tiny_spec(**options: Any) -> TrainSpec:
+    defaults: dict[str, Any] = {
+        "dataset": "tiny",
+        "image_size": IMAGE_SIZE,
+        "epochs": 3,
+        "batch_size": 4,
+        "log_every_steps": 3,
+        "optimizer": {"name": "sgd", "lr": 0.05},
+    }
+    return TrainSpec.model_validate(defaults | options)
+
+
+def tiny_model(spec: TrainSpec) -> nn.Module:
+    """Batch norm and dropout, as the real ones have them."""
+    torch.manual_seed(spec.seed)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, kernel_size=3, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Dropout(spec.model.dropout),
+        nn.Linear(8, NUM_CLASSES),
+    )
+
+
+@dataclass
+class Run:
+    result: FitResult
+    sink: Recorder
+    weights: dict[str, torch.Tensor]
+
+
+def run_fit(
+    spec: TrainSpec,
+    *,
+    model: nn.Module | None = None,
+    sink: Recorder | None = None,
+    control: Control | None = None,
+    resume: Resume | None = None,
+    runtime: Runtime = RUNTIME,
+) -> Run:
+    sink = sink or Recorder()
+    model = model or tiny_model(spec)
+    train, val = colored(NUM_TRAIN, seed=1), colored(NUM_VAL, seed=2)
+    control = control or Control()
+    result = fit(spec, model, train, val, PREPROCESSING, runtime, sink, control, resume)
+    return Run(result, sink, model.state_dict())

@@ -1,0 +1,88 @@
+"""A stored dataset: `images.bin`, the image files' bytes one after the other, and `index.json`,
+which says where each one lies and what it shows. Knows nothing of image formats."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from shared.errors import TrainingError
+
+FORMAT_VERSION = 1
+IMAGES_FILE = "images.bin"
+INDEX_FILE = "index.json"
+
+
+@dataclass(frozen=True)
+class SplitIndex:
+    """The images of a split, as columns: `offsets` and `sizes` in bytes of `images.bin`, `labels`
+    as places in the dataset's classes, `paths` as the source named them.
+
+    Rows are sorted by label, then by the file's SHA-256, so that their order too depends on
+    nothing but the images.
+    """
+
+    offsets: list[int]
+    sizes: list[int]
+    labels: list[int]
+    paths: list[str]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Index:
+    """What `index.json` holds."""
+
+    hash: str
+    classes: list[str]
+    splits: dict[str, SplitIndex]
+
+
+def write_index(index: Index, folder: Path) -> None:
+    """Writes `index.json` into the folder and to the disk."""
+    with (folder / INDEX_FILE).open("w", encoding="utf-8") as file:
+        document = {
+            "format_version": FORMAT_VERSION,
+            "hash": index.hash,
+            "classes": index.classes,
+            "splits": {name: vars(split) for name, split in index.splits.items()},
+        }
+        json.dump(document, file, separators=(",", ":"))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_index(folder: Path) -> Index:
+    """Reads a stored dataset's index.
+
+    Raises:
+        TrainingError: `dataset_damaged` when it or the images are not as they were written.
+    """
+    try:
+        document = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
+        if document["format_version"] != FORMAT_VERSION:
+            raise ValueError("of another version")
+        splits = {name: SplitIndex(**columns) for name, columns in document["splits"].items()}
+        ends = [
+            offset + size
+            for split in splits.values()
+            for offset, size in zip(split.offsets, split.sizes, strict=True)
+        ]
+        if (folder / IMAGES_FILE).stat().st_size != max(ends):
+            raise ValueError("the images are cut short")
+        return Index(document["hash"], document["classes"], splits)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise dataset_damaged() from None
+
+
+def dataset_damaged() -> TrainingError:
+    """What to raise where a stored dataset is not as it was written."""
+    return TrainingError(
+        "dataset_damaged",
+        "The stored dataset is damaged or missing",
+        "Delete the dataset and bring it in again; the same images give the same dataset",
+    )

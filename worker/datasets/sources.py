@@ -1,0 +1,53 @@
+"""From an ingest spec to the images it names."""
+
+from __future__ import annotations
+
+from pathlib import PurePath
+
+from shared.dataset_paths import check_dataset_path
+from shared.errors import AppError, TrainingError
+from shared.settings import Settings
+from skipline.specs import IngestSpec
+from worker.datasets.archives import open_archive
+from worker.datasets.builtin import open_cifar10, open_digits
+from worker.datasets.folders import open_folder
+from worker.datasets.layout import Source, printable
+
+MAX_NAME = 200
+"""Characters of a label."""
+ARCHIVE_SUFFIXES = frozenset({".zip", ".tar", ".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz"})
+
+
+def open_source(spec: IngestSpec, settings: Settings) -> Source:
+    """Lists what the spec names and checks the list; the images are read when it is iterated.
+
+    Raises:
+        TrainingError: with the code of what is wrong with the path, the folder or the archive, or
+            `download_failed` for a built-in.
+    """
+    if spec.source == "builtin":
+        if spec.name == "digits":
+            return open_digits()
+        if spec.name == "cifar10":
+            return open_cifar10(settings.cache_path)
+        raise TrainingError(
+            "unknown_dataset",
+            f"There is no built-in dataset {spec.name}",
+            "GET /datasets lists the built-in ones",
+        )
+    try:
+        path = check_dataset_path(spec.path or "", settings)
+    except AppError as error:
+        hint = "Paths lie below SKIPLINE_DATASET_ROOTS, as the worker sees them"
+        raise TrainingError(error.code, error.detail, hint) from None
+    return open_folder(path, settings) if path.is_dir() else open_archive(path, settings)
+
+
+def dataset_name(spec: IngestSpec) -> str:
+    """The dataset's name: the spec's own, else the last part of the path without its suffixes."""
+    if spec.name is not None:
+        return spec.name
+    path = PurePath(spec.path or "")
+    while path.suffix.lower() in ARCHIVE_SUFFIXES:
+        path = path.with_suffix("")
+    return printable(path.name)[:MAX_NAME] or "dataset"

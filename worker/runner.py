@@ -1,0 +1,103 @@
+"""The child process: runs one attempt at one job, and ends.
+
+It imports torch at once, then waits for its job on standard input, so that a warm one starts
+training within a moment. What it does with a job is in `worker.jobs`; here is how an attempt ends.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import sys
+
+import structlog
+
+from shared import lifecycle, lifeline, logs, repository
+from shared.database import Database
+from shared.errors import AppError, TrainingError
+from shared.lifecycle import Fence, Superseded
+from shared.settings import Settings, get_settings
+from shared.storage import Storage
+from skipline.schemas import JobStatus
+from skipline.specs import load_spec
+from worker import jobs
+from worker.datasets.locks import Interrupted as DatasetInterrupted
+from worker.engine.events import Cancelled, Control, Released
+from worker.sink import DatabaseSink
+
+log = structlog.get_logger(__name__)
+
+ORPHANED = 70
+"""Exit code of a trainer whose supervisor is gone: its job is given to another attempt."""
+
+
+def main() -> None:
+    """Waits for the job, runs it. Ends at once, wherever it is, when the supervisor is gone."""
+    settings = get_settings()
+    logs.configure(settings)
+    control = Control()
+    first: queue.SimpleQueue[Fence] = queue.SimpleQueue()
+
+    def on_line(line: str) -> None:
+        if line in ("cancel", "release"):
+            control.request = line  # type: ignore[assignment]
+        else:
+            first.put(Fence(**json.loads(line)))
+
+    lifeline.watch(sys.stdin.buffer, on_line, lambda: os._exit(ORPHANED))
+    fence = first.get()
+    database = Database(settings.database)
+    run_attempt(settings, database, Storage(settings.artifacts_path), fence, control)
+    database.dispose()
+
+
+def run_attempt(
+    settings: Settings, database: Database, storage: Storage, fence: Fence, control: Control
+) -> None:
+    """Runs the job and writes how it ended, unless another attempt owns it by now. An exception
+    that nobody expected passes through: the supervisor counts it as a crash."""
+    with DatabaseSink(database, storage, fence, control) as sink:
+        try:
+            with database.read_scope() as session:
+                job = repository.get_job(session, fence.job_id)
+            context = jobs.Context(
+                settings, database, storage, fence, control, sink, job, load_spec(job.spec)
+            )
+            try:
+                jobs.run(context)
+            except DatasetInterrupted:
+                control.check()
+                raise
+        except Superseded:
+            log.warning("the job was given to another worker", job_id=fence.job_id)
+        except Cancelled:
+            end(sink, fence, JobStatus.cancelled)
+        except Released:
+            sink.finish(
+                lambda session: lifecycle.release(session, fence, "The worker was asked to leave")
+            )
+        except TrainingError as error:
+            fail(sink, fence, error)
+        except AppError as error:
+            fail(sink, fence, TrainingError(error.code, error.detail, error.title))
+
+
+def fail(sink: DatabaseSink, fence: Fence, error: TrainingError) -> None:
+    """The job has failed in a way that trying again would not change."""
+    document = {"code": error.code, "message": error.message, "hint": error.hint}
+    end(sink, fence, JobStatus.failed, document)
+
+
+def end(
+    sink: DatabaseSink, fence: Fence, status: JobStatus, error: dict[str, str] | None = None
+) -> None:
+    """Writes a final status, unless another attempt owns the job by now."""
+    try:
+        sink.finish(lambda session: lifecycle.finish(session, fence, status, error=error))
+    except Superseded:
+        log.warning("the job was given to another worker", job_id=fence.job_id)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""Watches over one attempt: keeps its lease, passes requests on to the trainer, and settles the
+job when the trainer ended without doing so itself. Knows nothing of torch."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+
+import structlog
+from sqlalchemy.exc import DBAPIError
+
+from shared import lifecycle, repository
+from shared.database import Database
+from shared.lifecycle import Fence, Superseded
+from shared.repository import Orders
+from shared.settings import Settings
+from skipline.schemas import JobStatus
+from worker.trainer_process import Order, TrainerProcess
+
+log = structlog.get_logger(__name__)
+
+SAFETY_SECONDS = 5.0
+"""The trainer is ended so long before its lease can have run out."""
+
+LEAVING_SECONDS = 5.0
+"""A trainer that has written its last word gets so long to exit by itself."""
+
+
+class Supervisor:
+    """Runs one attempt to its end.
+
+    Args:
+        claimed_at: `time.monotonic()` from before the claim was sent: the lease is at least as
+            old as that.
+        draining: set when the worker is asked to leave.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        database: Database,
+        trainer: TrainerProcess,
+        fence: Fence,
+        claimed_at: float,
+        draining: threading.Event,
+    ) -> None:
+        self._settings = settings
+        self._database = database
+        self._trainer = trainer
+        self._fence = fence
+        self._renewed_at = claimed_at
+        self._draining = draining
+        self._order: Order | None = None
+        self._ordered_at = 0.0
+        self._warned = False
+        self._log = log.bind(job_id=fence.job_id, attempt=fence.attempt)
+
+    def run(self) -> None:
+        """Returns when the trainer is gone and the job settled, or left to the reaper."""
+        self._log.info("attempt started", pid=self._trainer.pid)
+        self._trainer.begin(self._fence)
+        try:
+            while (code := self._trainer.wait(self._settings.control_seconds)) is None:
+                if not self._look():
+                    self._trainer.signal(signal.SIGKILL)
+                    return
+            self._settle(code)
+        finally:
+            self._trainer.close()
+
+    def _look(self) -> bool:
+        """One round of watching; False when the trainer must end at once."""
+        if time.monotonic() >= self._lease_end() - SAFETY_SECONDS:
+            self._log.error("the lease could not be renewed: the trainer is ended")
+            return False
+        try:
+            orders = self._read_and_renew()
+        except DBAPIError as error:
+            self._log.warning("the database is away", error=type(error).__name__)
+            return True
+        if orders is None:  # The trainer just ended the attempt itself, or was replaced.
+            if self._trainer.wait(LEAVING_SECONDS) is None:
+                self._log.warning("the job was given to another worker: the trainer is ended")
+            return False
+        if orders.status is JobStatus.cancelling:
+            self._give_order("cancel")
+        elif self._draining.is_set():
+            self._give_order("release")
+        return self._watch_progress(orders.idle_seconds)
+
+    def _lease_end(self) -> float:
+        return self._renewed_at + self._settings.lease_seconds
+
+    def _read_and_renew(self) -> Orders | None:
+        sent_at = time.monotonic()
+        if sent_at - self._renewed_at >= self._settings.renew_seconds:
+            with self._database.session_scope() as session:
+                if not lifecycle.renew(session, self._fence, self._settings.lease_seconds):
+                    return None
+            self._renewed_at = sent_at
+        with self._database.read_scope() as session:
+            return repository.read_orders(session, self._fence)
+
+    def _give_order(self, order: Order) -> None:
+        """Asks; then TERM, then KILL, all within the grace period."""
+        now = time.monotonic()
+        if self._order is None:
+            self._order, self._ordered_at = order, now
+            self._trainer.order(order)
+        elif self._order == "release" and order == "cancel":
+            self._order = order
+            self._trainer.order(order)
+        waited = now - self._ordered_at
+        if waited > 0.9 * self._settings.grace_seconds:
+            self._trainer.signal(signal.SIGKILL)
+        elif waited > 0.8 * self._settings.grace_seconds:
+            self._trainer.signal(signal.SIGTERM)
+
+    def _watch_progress(self, idle_seconds: float) -> bool:
+        """A trainer that lives and does not get on: a warning first, then an end."""
+        if idle_seconds > self._settings.stall_failure_seconds:
+            error = {
+                "code": "stalled",
+                "message": f"No progress for {idle_seconds:.0f} s",
+                "hint": "Look at the worker's disk and GPU; SKIPLINE_STALL_FAILURE_SECONDS is the "
+                "limit",
+            }
+            with self._database.session_scope() as session:
+                lifecycle.finish(session, self._fence, JobStatus.failed, error=error)
+            return False
+        if idle_seconds > self._settings.stall_warning_seconds and not self._warned:
+            self._warned = True
+            message = f"No progress for {idle_seconds:.0f} s"
+            with self._database.session_scope() as session:
+                repository.add_event(session, self._fence, "warning", "stalled", message, {})
+        return True
+
+    def _settle(self, code: int) -> None:
+        """The trainer has ended: if it did not say how, say it for it."""
+        while time.monotonic() < self._lease_end():
+            try:
+                with self._database.session_scope() as session:
+                    orders = repository.read_orders(session, self._fence)
+                    if orders is None:  # It did, or was replaced.
+                        self._log.info("attempt ended", exit_code=code)
+                        return
+                    if orders.status is JobStatus.cancelling:
+                        lifecycle.finish(session, self._fence, JobStatus.cancelled)
+                    elif self._order == "release":
+                        reason = "The worker left before a checkpoint was written"
+                        lifecycle.release(session, self._fence, reason)
+                    else:
+                        self._count_crash(session, code)
+                return
+            except Superseded:
+                return
+            except DBAPIError as error:
+                self._log.warning("the database is away", error=type(error).__name__)
+                self._draining.wait(self._settings.control_seconds)
+        # Nobody renews the lease any more and the lock is free: a reaper takes it from here.
+
+    def _count_crash(self, session: object, code: int) -> None:
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        output = self._trainer.last_output()
+        self._log.error("the trainer crashed", how=how, output=output)
+        hint = "Look at the output; signal 9 often means that memory ran out: try a smaller batch"
+        lifecycle.lose(
+            session,  # type: ignore[arg-type]
+            self._fence.job_id,
+            self._fence.attempt,
+            f"The trainer {how}",
+            max_crashes=self._settings.max_crashes,
+            error={
+                "code": "trainer_crashed",
+                "message": f"The trainer {how}. {last_lines(output)}".strip(),
+                "hint": hint,
+            },
+        )
+
+
+def last_lines(output: str, num_lines: int = 5) -> str:
+    """The end of a process's output, for an error message."""
+    return "\n".join(output.splitlines()[-num_lines:])
