@@ -16,7 +16,6 @@ router = APIRouter(tags=["health"])
     "/healthz",
     summary="Is the process up?",
     responses=openapi.responses({"status": "ok"}),
-    openapi_extra={"security": []},
 )
 async def healthz() -> dict[str, str]:
     """Touches nothing."""
@@ -29,7 +28,6 @@ async def healthz() -> dict[str, str]:
     response_model=schemas.Readiness,
     responses=openapi.responses(examples.READY)
     | openapi.responses(examples.NOT_READY, 503, schemas.Readiness),
-    openapi_extra={"security": []},
 )
 async def readyz(services: ServicesDep, response: Response) -> schemas.Readiness:
     """503 when one of them does not; `checks` says which."""

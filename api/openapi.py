@@ -13,6 +13,7 @@ from pydantic import BaseModel, TypeAdapter
 
 from api import examples
 from api import problems as problem_documents
+from api.dependencies import OPEN_PATHS
 from skipline.schemas import ProblemDocument
 
 JSON = "application/json"
@@ -91,14 +92,15 @@ def build(app: FastAPI) -> Document:
     )
     schemas: Document = document["components"]["schemas"]
     schemas[ProblemDocument.__name__] = ProblemDocument.model_json_schema(ref_template=REF)
-    for path in document["paths"].values():
-        for operation in path.values():
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            if path in OPEN_PATHS:
+                operation["security"] = []
             body = operation.get("requestBody", {}).get("content", {})
             for content in body.values():
                 schemas |= content["schema"].pop("$defs", {})
             for status in COMMON_PROBLEMS:
-                is_open = operation.get("security") == []
-                if not (is_open and status == HTTPStatus.UNAUTHORIZED):
+                if status != HTTPStatus.UNAUTHORIZED or path not in OPEN_PATHS:
                     operation["responses"].setdefault(str(status), _problem(status))
             # FastAPI's own, for parameters: here they answer a problem like everything else.
             if JSON in operation["responses"].get("422", {}).get("content", {}):

@@ -14,7 +14,7 @@ from typing import Any
 import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
@@ -95,8 +95,8 @@ def _on_http_error(request: Request, error: HTTPException) -> Response:
     return problem(error.status_code, code, phrase, detail, headers=error.headers)
 
 
-def _on_database_away(request: Request, error: Exception) -> Response:
-    log.warning("database away", error=type(error).__name__, exc_info=error)
+def _on_database_away(request: Request, error: SQLAlchemyError) -> Response:
+    log.warning("database away", error=str(getattr(error, "orig", error)))
     return problem(
         503, "database_unavailable", "The service is not ready", "The database does not answer"
     )

@@ -11,7 +11,7 @@ import os
 import subprocess
 import threading
 from collections.abc import Callable, Sequence
-from typing import IO, Any
+from typing import Any
 
 ENVIRONMENT = "SKIPLINE_LIFELINE"
 """Set for a child whose standard input is a lifeline."""
@@ -25,13 +25,17 @@ def start(command: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
     )
 
 
-def watch(lines: IO[bytes], on_line: Callable[[str], None], on_end: Callable[[], None]) -> None:
+def watch(descriptor: int, on_line: Callable[[str], None], on_end: Callable[[], None]) -> None:
     """Calls `on_line` with each line the parent sends and `on_end` when it is gone, from a
-    thread of its own."""
+    thread of its own. Reads past Python's buffers, whose locks a daemon thread must not hold when
+    the interpreter shuts down."""
 
     def read() -> None:
-        for line in lines:
-            on_line(line.decode().strip())
+        pending = b""
+        while chunk := os.read(descriptor, 4096):
+            *lines, pending = (pending + chunk).split(b"\n")
+            for line in lines:
+                on_line(line.decode().strip())
         on_end()
 
     threading.Thread(target=read, name="lifeline", daemon=True).start()

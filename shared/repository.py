@@ -29,6 +29,8 @@ from skipline.catalog import BUILTIN_DATASETS, DatasetFacts
 from skipline.schemas import JobStatus
 from skipline.specs import AnySpec, dump_spec
 
+MAX_ALTERNATIVES = 200
+"""In one condition: SQLite takes fewer than 1000."""
 REWIND = "rewind"
 """The reserved name of a metric row that tells readers to go back."""
 
@@ -318,20 +320,21 @@ def series(
 
 def points_after(session: Session, cursors: Mapping[str, int], limit: int) -> list[MetricPoint]:
     """The rows of many jobs that come after each job's cursor, rewinds among them, ordered by
-    (job, number), in one query; `limit` rows at most."""
-    if not cursors:
-        return []
+    number within each job; `limit` rows at most. One query for up to `MAX_ALTERNATIVES` jobs."""
+    rows: list[MetricPoint] = []
     wanted = [
         (MetricPoint.job_id == job_id) & (MetricPoint.number > number)
         for job_id, number in cursors.items()
     ]
-    condition = wanted[0]
-    for other in wanted[1:]:
-        condition = condition | other
-    query = select(MetricPoint).where(condition)
-    return list(
-        session.scalars(query.order_by(MetricPoint.job_id, MetricPoint.number).limit(limit))
-    )
+    for first in range(0, len(wanted), MAX_ALTERNATIVES):
+        query = (
+            select(MetricPoint)
+            .where(or_(*wanted[first : first + MAX_ALTERNATIVES]))
+            .order_by(MetricPoint.job_id, MetricPoint.number)
+            .limit(limit - len(rows))
+        )
+        rows += session.scalars(query)
+    return rows
 
 
 def statuses(session: Session, job_ids: Collection[str]) -> dict[str, JobStatus]:

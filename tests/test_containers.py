@@ -12,25 +12,26 @@ import os
 import re
 import shlex
 import shutil
-import socket
+import signal
 import subprocess
 import sys
-import time
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import httpx2
 import pytest
 import typer.main
 import yaml
+from sqlalchemy import make_url
 
 from shared.settings import Settings
+from skipline import Skipline, SkiplineError
 from skipline.cli import app as command_line
+from skipline.schemas import JobStatus
+from tests.e2e.conftest import free_port, wait_for
 
 ROOT = Path(__file__).parent.parent
 OURS = ("migrate", "api", "worker", "worker-cpu")
@@ -225,7 +226,11 @@ def test_the_worker_reserves_a_gpu_and_the_cpu_profile_needs_none() -> None:
     assert gpu == {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
     assert SERVICES["worker"]["profiles"] == ["gpu"]
     assert SERVICES["worker-cpu"]["profiles"] == ["cpu"]
-    differ = {key for key in SERVICES["worker"] if SERVICES["worker-cpu"].get(key) != SERVICES["worker"][key]}
+    differ = {
+        key
+        for key in SERVICES["worker"]
+        if SERVICES["worker-cpu"].get(key) != SERVICES["worker"][key]
+    }
     assert differ == {"profiles", "environment", "deploy"}
 
 
@@ -251,3 +256,130 @@ def mounts_of(service: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for volume in service.get("volumes", []):
         source, target, *_ = volume.split(":")
         yield target, source
+
+
+class Mapped:
+    """The services as processes of this machine. What differs between a container and here is
+    mapped in every command and variable: hosts, the port, folders, and where programs are."""
+
+    def __init__(self, folder: Path, postgres_url: str, redis_url: str) -> None:
+        self.port = free_port()
+        self.folder = folder
+        for name in ("home", "artifacts", "datasets"):
+            (folder / name).mkdir()
+        redis = urlsplit(redis_url)
+        self.replacements = {
+            SERVICES["api"]["environment"]["SKIPLINE_DATABASE_URL"]: postgres_url,
+            SERVICES["api"]["environment"]["SKIPLINE_BROKER_URL"]: redis_url,
+            "/var/lib/skipline": str(folder),
+            "/datasets": str(folder / "datasets"),
+            "127.0.0.1:8000": f"127.0.0.1:{self.port}",
+        }
+        self.programs = {
+            "skipline": [str(Path(sys.executable).with_name("skipline"))],
+            "python": [sys.executable],
+            "pg_isready": ["pg_isready", f"--host={make_url(postgres_url).host}"],
+            "redis-cli": ["redis-cli", "-h", str(redis.hostname), "-p", str(redis.port or 6379)],
+        }
+        self.running: dict[str, subprocess.Popen[bytes]] = {}
+
+    def text(self, text: str) -> str:
+        for theirs, ours in self.replacements.items():
+            text = text.replace(theirs, ours)
+        return text
+
+    def command(self, words: list[str]) -> list[str]:
+        program, *arguments = words
+        mapped = [self.text(argument) for argument in arguments]
+        if "--port" in mapped:
+            mapped[mapped.index("--port") + 1] = str(self.port)
+        return [*self.programs[program], *mapped]
+
+    def environment(self, name: str) -> dict[str, str]:
+        """What the image and the service set, and nothing of this process but where programs and
+        the home folder are."""
+        theirs = environment_of_the_image() | SERVICES[name]["environment"]
+        inherited = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+        return inherited | {name: self.text(value) for name, value in theirs.items()}
+
+    def start(self, name: str) -> None:
+        with (self.folder / f"{name}.log").open("wb") as log:
+            self.running[name] = subprocess.Popen(
+                self.command(SERVICES[name]["command"]),
+                env=self.environment(name),
+                cwd=self.folder,
+                stdout=log,
+                stderr=log,
+            )
+
+    def log(self, name: str) -> str:
+        return (self.folder / f"{name}.log").read_text()[-3000:]
+
+    def wait_until_healthy(self, name: str) -> None:
+        """As Docker does: its command, until it succeeds, for as long as the file allows."""
+        check = SERVICES[name]["healthcheck"]
+        how, *words = check["test"]
+        assert how == "CMD"
+        allowed = seconds(check.get("start_period", "0s"))
+        allowed += int(check["retries"]) * seconds(check["interval"])
+
+        def is_healthy() -> bool:
+            if name in self.running:
+                assert self.running[name].poll() is None, self.log(name)
+            done = subprocess.run(
+                self.command(words), capture_output=True, timeout=seconds(check["timeout"])
+            )
+            return done.returncode == 0
+
+        wait_for(is_healthy, f"healthy {name}", allowed)
+
+    def stop(self, name: str) -> None:
+        """SIGTERM, and the time that the file gives."""
+        process = self.running.pop(name)
+        process.terminate()
+        code = process.wait(seconds(SERVICES[name]["stop_grace_period"]))
+        # uvicorn ends in order, and then by the signal that it was sent.
+        assert code in (0, -signal.SIGTERM), self.log(name)
+
+    def kill(self) -> None:
+        for process in self.running.values():
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture
+def services(tmp_path: Path, postgres_url: str, redis_url: str) -> Iterator[Mapped]:
+    mapped = Mapped(tmp_path, postgres_url, redis_url)
+    yield mapped
+    mapped.kill()
+
+
+def test_the_services_start_and_run_a_job(services: Mapped) -> None:
+    for name, program in (("postgres", "pg_isready"), ("redis", "redis-cli")):
+        if shutil.which(program):  # The servers are given; their clients may not be installed.
+            services.wait_until_healthy(name)
+    services.start("migrate")
+    assert services.running.pop("migrate").wait(60) == 0, services.log("migrate")
+    services.start("api")
+    services.start("worker-cpu")
+    services.wait_until_healthy("api")
+
+    url = f"http://127.0.0.1:{services.port}"
+    with Skipline(url, api_key="another") as stranger, pytest.raises(SkiplineError) as refused:
+        list(stranger.jobs())
+    assert refused.value.status == 401
+    with Skipline(url, api_key=GIVEN["SKIPLINE_API_KEY"]) as client:
+        job = client.train(dataset="digits", image_size=8, epochs=1, batch_size=64)
+        done = client.wait(job.id)
+        assert done.status is JobStatus.succeeded, done.error
+        image = ROOT / "docs" / "images" / "seven.png"
+        answer = client.predict([image], model=job.id)
+        assert answer.model.job_id == job.id
+
+    # The folders of the volumes hold the state, and nothing lies beside them.
+    assert list((services.folder / "artifacts" / "jobs" / job.id).iterdir())
+    assert (services.folder / "home" / "cache").is_dir()
+    made = {path.name for path in services.folder.iterdir() if path.is_dir()}
+    assert made == {"home", "artifacts", "datasets"}
+    services.stop("worker-cpu")
+    services.stop("api")

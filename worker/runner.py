@@ -45,7 +45,7 @@ def main() -> None:
         else:
             first.put(Fence(**json.loads(line)))
 
-    lifeline.watch(sys.stdin.buffer, on_line, lambda: os._exit(ORPHANED))
+    lifeline.watch(sys.stdin.fileno(), on_line, lambda: os._exit(ORPHANED))
     fence = first.get()
     database = Database(settings.database)
     run_attempt(settings, database, Storage(settings.artifacts_path), fence, control)

@@ -142,6 +142,7 @@ def service(tmp_path: Path, stack: dict[str, str]) -> Iterator[Service]:
         "SKIPLINE_HOME": str(home),
         "SKIPLINE_DATASET_ROOTS": str(tmp_path),
         "SKIPLINE_GRACE_SECONDS": "20",
+        "SKIPLINE_CPU_THREADS": "1",
     }
     environment.pop("SKIPLINE_LIFELINE", None)
     running = Service(home, environment).start()

@@ -118,8 +118,8 @@ def test_the_limit_is_the_callers_and_pillows_warning_is_not_heard(
 
 def test_an_animation_is_its_first_frame() -> None:
     frames = [Image.new("RGB", (4, 4), color) for color in ("red", "green", "blue")]
-    for format in ("GIF", "WEBP"):
-        data = encode(frames[0], format, save_all=True, append_images=frames[1:], lossless=True)
+    for name in ("GIF", "WEBP"):
+        data = encode(frames[0], name, save_all=True, append_images=frames[1:], lossless=True)
         assert decode(data)[0, 0].tolist() == [255, 0, 0]
 
 

@@ -1,0 +1,257 @@
+"""What the documentation says is so: every command in it runs, every link leads somewhere, every
+setting, status and error code is one that exists.
+
+The blocks of a document run in their order, in one shell, against one service for all documents.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import typer.main
+import yaml
+from PIL import Image
+
+from shared.lifecycle import TRANSITIONS
+from shared.settings import Settings
+from skipline.cli import app as command_line
+from tests.e2e.conftest import Service
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/**/*.md"))]
+
+NOT_RUN = {
+    ("README.md", "make demo"): "installs, and is what .ci/run does before this test",
+    ("README.md", "make up"): "stays until Ctrl-C; the service of these tests is one",
+    ("README.md", "make test"): "is what runs this test",
+    ("docs/operations.md", "skipline up --port 8000 --slots 1"): "stays until Ctrl-C",
+    (
+        "docs/operations.md",
+        "export SKIPLINE_DATABASE_URL=postgresql://skipline:secret@db.example/skipline",
+    ): "names servers that do not exist",
+    ("docs/operations.md", "cp .env.example .env"): "needs a Docker engine",
+    (
+        "docs/operations.md",
+        "docker compose exec postgres pg_dump --username=skipline --file=/tmp/backup.sql skipline",
+    ): "needs a Docker engine",
+}
+"""Blocks by document and first line, and why they are only read. Each of their lines is checked
+to name commands, targets, services and settings that exist."""
+
+
+@dataclass(frozen=True)
+class Block:
+    document: str
+    line: int
+    language: str
+    text: str
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.document, self.text.splitlines()[0]
+
+
+def read(document: str) -> str:
+    return (ROOT / document).read_text(encoding="utf-8")
+
+
+def blocks_of(document: str) -> Iterator[Block]:
+    text = read(document)
+    for match in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        line = text[: match.start()].count("\n") + 1
+        yield Block(document, line, match[1], match[2])
+
+
+BLOCKS = [block for document in DOCUMENTS for block in blocks_of(document)]
+COMMANDS = [block for block in BLOCKS if block.language in ("bash", "python")]
+RUN = [block for block in COMMANDS if block.key not in NOT_RUN]
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that looks like a clone to the commands, with photos beside it to train on."""
+    folder = tmp_path_factory.mktemp("clone")
+    (folder / "docs").symlink_to(ROOT / "docs")
+    (folder / ".venv").symlink_to(sys.prefix)
+    curl = folder / "bin" / "curl"
+    curl.parent.mkdir()
+    # A refusal is a failure here, though curl by itself ends well.
+    curl.write_text('#!/bin/sh\nPATH=${PATH#*:} exec curl --fail-with-body "$@"\n')
+    curl.chmod(0o755)
+    rng = np.random.default_rng(0)
+    for label, colour in (("cat", (200, 120, 40)), ("dog", (40, 90, 200))):
+        (folder / "photos" / label).mkdir(parents=True)
+        for number in range(20):
+            noisy = np.clip(colour + rng.normal(0, 20, (32, 32, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(noisy).save(folder / "photos" / label / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def service(clone: Path) -> Iterator[Service]:
+    """The service that the documents talk to, started in that folder."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("SKIPLINE_")}
+    environment["SKIPLINE_HOME"] = str(clone / ".skipline")
+    running = Service(clone / ".skipline", environment)
+    environment["SKIPLINE_API_URL"] = running.url
+    path = [str(clone / "bin"), str(Path(sys.executable).parent), environment["PATH"]]
+    environment["PATH"] = ":".join(path)
+    running.start()
+    try:
+        yield running
+    finally:
+        running.stop()
+
+
+def run(service: Service, command: list[str], script: str) -> str:
+    script = script.replace("http://127.0.0.1:8000", service.url)
+    done = subprocess.run(
+        command,
+        input=script,
+        cwd=service.home.parent,
+        env=service.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def script_of(document: str, language: str) -> str:
+    """The blocks of a document, each announced by its line so that a failure says where it is."""
+    blocks = [block for block in RUN if (block.document, block.language) == (document, language)]
+    return "\n".join(f"echo '--- {document}:{b.line}'\n{b.text}" for b in blocks)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("document", sorted({b.document for b in RUN if b.language == "bash"}))
+def test_every_command_runs(document: str, service: Service) -> None:
+    output = run(service, ["bash", "-eu", "-o", "pipefail"], script_of(document, "bash"))
+    if document == "README.md":
+        assert re.search(r"event: end\s+(id: \d+\s+)?data: .*succeeded", output)
+        assert '"label":"7","index":7' in output
+        assert (service.home.parent / "curves.png").stat().st_size > 10_000
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("block", [b for b in RUN if b.language == "python"], ids=str)
+def test_every_python_example_runs(block: Block, service: Service) -> None:
+    output = run(service, [sys.executable, "-W", "error", "-"], block.text)
+    assert "succeeded" in output
+
+
+def test_what_is_not_run_is_still_there() -> None:
+    assert set(NOT_RUN) == {block.key for block in COMMANDS} & set(NOT_RUN)
+
+
+def check_line(line: str) -> None:
+    """Fails unless everything that the command names exists."""
+    compose = yaml.safe_load(read("docker-compose.yml"))["services"]
+    words = shlex.split(line)
+    match words:
+        case ["make", target]:
+            assert re.search(rf"^{target}:.*## ", read("Makefile"), re.MULTILINE)
+        case ["cp", source, _]:
+            assert (ROOT / source).is_file()
+        case ["export", assignment]:
+            name = assignment.partition("=")[0]
+            assert name.removeprefix("SKIPLINE_").lower() in Settings.model_fields
+        case ["skipline", name, *arguments]:
+            known: Any = typer.main.get_command(command_line)
+            known.commands[name].make_context(name, arguments)
+        case ["docker", "compose", "--profile", profile, "up", *_]:
+            assert any(profile in service.get("profiles", []) for service in compose.values())
+        case ["docker", "compose", "exec", service, *_]:
+            assert service in compose
+        case ["docker", "compose", "cp", source, _]:
+            assert source.partition(":")[0] in compose
+        case _:
+            pytest.fail(f"nothing checks this line: {line}")
+
+
+@pytest.mark.parametrize("block", [b for b in COMMANDS if b.key in NOT_RUN], ids=str)
+def test_what_is_not_run_names_what_exists(block: Block) -> None:
+    for line in block.text.splitlines():
+        check_line(line)
+
+
+def test_every_block_of_commands_is_looked_at() -> None:
+    assert {block.language for block in BLOCKS} <= {"bash", "python", "text", "mermaid"}
+
+
+def anchors(document: str) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", read(document), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, "CHANGELOG.md"])
+def test_every_link_leads_somewhere(document: str) -> None:
+    folder = (ROOT / document).parent
+    for link in re.findall(r"\]\(([^)]+)\)", read(document)):
+        path, _, anchor = link.partition("#")
+        if link.startswith("https://"):
+            continue
+        target = (folder / path).resolve() if path else ROOT / document
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(str(target.relative_to(ROOT))), link
+
+
+def test_every_decision_is_listed() -> None:
+    there = {path.name for path in (ROOT / "docs/decisions").iterdir()}
+    assert there == set(re.findall(r"decisions/(\d{4}-[\w-]+\.md)", read("docs/architecture.md")))
+
+
+def shown_default(name: str, default: object) -> str:
+    if name.endswith("_bytes"):
+        assert isinstance(default, int)
+        return f"{default // 2**20} MiB"
+    return f"`{default}`" if isinstance(default, str | Path) else f"{default:g}"  # type: ignore[str-format]
+
+
+def test_the_table_of_settings_is_complete_and_right() -> None:
+    rows = re.findall(r"^\| `SKIPLINE_(\w+)` \| (.+?) \|", read("docs/operations.md"), re.MULTILINE)
+    documented = {name.lower(): default for name, default in rows}
+    assert list(documented) == list(Settings.model_fields)
+    for name, field in Settings.model_fields.items():
+        if field.default is not None and field.default != ():
+            assert documented[name] == shown_default(name, field.default), name
+
+
+def test_the_picture_of_the_states_is_the_table_of_transitions() -> None:
+    (picture,) = [b for b in blocks_of("docs/lifecycle.md") if b.language == "mermaid"]
+    arrows = set(re.findall(r"^\s+(\w+) --> (\w+)$", picture.text, re.MULTILINE))
+    assert arrows == {(str(a), str(b)) for a, targets in TRANSITIONS.items() for b in targets}
+
+
+def test_every_error_code_that_is_explained_exists() -> None:
+    code = "".join(
+        path.read_text() for part in ("shared", "worker") for path in (ROOT / part).rglob("*.py")
+    )
+    text = read("docs/operations.md") + read("docs/datasets.md") + read("docs/lifecycle.md")
+    tables = re.findall(r"^\| `(\w+)` \|", read("docs/datasets.md"), re.MULTILINE)
+    codes = {name for name in tables if "_" in name} | set(
+        re.findall(r"`error.code` is `(\w+)`", text)
+    )
+    assert {"no_images", "worker_lost"} <= codes
+    assert {name for name in codes if f'"{name}"' not in code} == set()
+
+
+def test_every_file_that_is_named_exists() -> None:
+    named = re.findall(
+        r"`((?:skipline|shared|api|worker|tests)/[\w/]*\.py)`", read("docs/architecture.md")
+    )
+    assert len(named) > 10
+    assert [name for name in named if not (ROOT / name).is_file()] == []
