@@ -162,7 +162,7 @@ class StreamHub:
             try:
                 self._look()
             except Exception as error:  # The database may be away: the next round tries again.
-                log.warning("streams wait for the database", error=type(error).__name__)
+                log.warning("streams wait for the database", error=str(error))
                 self._wake.wait(POLL_SECONDS)
         for subscription in self._subscriptions:
             subscription.stop()

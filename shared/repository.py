@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import Any, Literal
 
 import uuid_utils
-from sqlalchemy import ColumnElement, delete, func, insert, select, update
+from sqlalchemy import ColumnElement, delete, func, insert, or_, select, update
 from sqlalchemy.orm import Session
 
 from shared import lifecycle
@@ -131,7 +131,7 @@ def queue_positions(session: Session, jobs: Collection[Job]) -> dict[str, int]:
     place = func.row_number().over(order_by=(Job.created_at, Job.id)).label("place")
     queue = select(Job.id, place).where(Job.status == JobStatus.queued).subquery()
     rows = session.execute(select(queue.c.id, queue.c.place).where(queue.c.id.in_(ids)))
-    return {job_id: position for job_id, position in rows}
+    return {row.id: row.place for row in rows}
 
 
 def job_document(job: Job, queue_position: int | None) -> schemas.Job:

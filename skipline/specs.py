@@ -338,14 +338,16 @@ def dump_spec(spec: Spec) -> dict[str, Any]:
 def error_items(errors: Sequence[Any] | ValidationError) -> list[dict[str, str]]:
     """Pydantic's errors as `[{"loc": "optimizer.lr", "message": …}]`.
 
-    `loc` is the full key as the client wrote it: tags of variants and the framework's leading
-    `body` are left out, and an unknown variant is located at the key that chooses it.
+    `loc` is the full key as the client wrote it: tags of variants, and the part of the request
+    with which the framework's own errors begin, are left out, and an unknown variant is located
+    at the key that chooses it.
     """
+    is_own = isinstance(errors, ValidationError)  # and may be about a key called `path`
     raw = errors.errors(include_url=False) if isinstance(errors, ValidationError) else errors
     items = []
     for error in raw:
         parts = [str(part) for part in error["loc"] if not str(part).startswith("<")]
-        if parts and parts[0] in ("body", "query", "path", "header"):
+        if not is_own and parts and parts[0] in ("body", "query", "path", "header"):
             parts = parts[1:]
         if error["type"] == "unknown_variant":
             parts.append(error["ctx"]["key"])

@@ -123,7 +123,7 @@ def run(service: Service, command: list[str], script: str) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=500,
+        timeout=240,
     )
     assert done.returncode == 0, done.stdout
     return done.stdout
@@ -135,7 +135,7 @@ def script_of(document: str, language: str) -> str:
     return "\n".join(f"echo '--- {document}:{b.line}'\n{b.text}" for b in blocks)
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("document", sorted({b.document for b in RUN if b.language == "bash"}))
 def test_every_command_runs(document: str, service: Service) -> None:
     output = run(service, ["bash", "-eu", "-o", "pipefail"], script_of(document, "bash"))
@@ -145,7 +145,7 @@ def test_every_command_runs(document: str, service: Service) -> None:
         assert (service.home.parent / "curves.png").stat().st_size > 10_000
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("block", [b for b in RUN if b.language == "python"], ids=str)
 def test_every_python_example_runs(block: Block, service: Service) -> None:
     output = run(service, [sys.executable, "-W", "error", "-"], block.text)
@@ -218,7 +218,7 @@ def shown_default(name: str, default: object) -> str:
     if name.endswith("_bytes"):
         assert isinstance(default, int)
         return f"{default // 2**20} MiB"
-    return f"`{default}`" if isinstance(default, str | Path) else f"{default:g}"  # type: ignore[str-format]
+    return f"`{default}`" if isinstance(default, str | Path) else str(default).removesuffix(".0")
 
 
 def test_the_table_of_settings_is_complete_and_right() -> None:

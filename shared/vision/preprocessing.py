@@ -21,6 +21,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from shared.errors import BadImage, ImageTooLarge
 
+# Pillow warns of odd metadata, which does not concern the pixels, and of large pictures, which
+# `decode_image` decides itself. Set once: a filter around each call would not be safe in threads.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+Image.MAX_IMAGE_PIXELS = None
+
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF")
 """Formats that are decoded; no other decoder ever sees a client's bytes."""
 
@@ -48,26 +53,20 @@ def decode_image(data: bytes, max_pixels: int) -> Image.Image:
     """
     if not data:
         raise BadImage("The file is empty")
-    with warnings.catch_warnings():
-        # Pillow warns of odd metadata and of large pictures. The first does not concern the
-        # pixels, the second is decided here.
-        warnings.filterwarnings("ignore", module=r"PIL\.")
-        picture = _open(data, max_pixels)
-        try:
-            picture.load()
-            return _to_rgb(_turn_upright(picture))
-        except BadImage:
-            raise
-        except Exception as error:  # damaged bytes make decoders raise nearly anything
-            raise BadImage(f"The {picture.format} image is damaged or truncated") from error
+    picture = _open(data, max_pixels)
+    try:
+        picture.load()
+        return _to_rgb(_turn_upright(picture))
+    except BadImage:
+        raise
+    except Exception as error:  # damaged bytes make decoders raise nearly anything
+        raise BadImage(f"The {picture.format} image is damaged or truncated") from error
 
 
 def _open(data: bytes, max_pixels: int) -> Image.Image:
     """Reads the header only."""
     try:
         picture = Image.open(BytesIO(data), formats=IMAGE_FORMATS)
-    except Image.DecompressionBombError as error:
-        raise ImageTooLarge(f"More than the {max_pixels:,} pixels that are allowed") from error
     except Exception as error:
         raise BadImage(f"Not an image that can be read: {', '.join(IMAGE_FORMATS)}") from error
     width, height = picture.size

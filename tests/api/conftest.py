@@ -25,6 +25,7 @@ from shared.lifecycle import Fence
 from shared.repository import NewPoint
 from shared.settings import Settings
 from shared.storage import Storage
+from shared.tables import Base
 from shared.vision.architectures import build_model
 from shared.vision.bundle import Bundle, BundleDataset, write_bundle
 from shared.vision.preprocessing import Preprocessing
@@ -104,7 +105,7 @@ class Running:
         return api
 
     def stop(self) -> None:
-        for api, thread in self._running:
+        for api, _ in self._running:
             api.close()
             api.server.should_exit = True
         for _, thread in self._running:
@@ -124,26 +125,67 @@ def start_server() -> Iterator[StartServer]:
     running.stop()
 
 
-@pytest.fixture
-def api(settings: Settings, database: Database, start_server: StartServer) -> Api:
-    """A server of the test's own, on each database."""
-    return start_server(settings)
+# One database of each kind and one server over it for a module: starting and stopping them for
+# every test would take most of the time.
+
+
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+def settings(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    home = tmp_path_factory.mktemp("home")
+    url = f"sqlite:///{home / 'test.sqlite3'}"
+    if request.param == "postgresql":
+        url = request.getfixturevalue("new_postgres_schema")()
+    return ready_settings(home, url)
 
 
 @pytest.fixture(scope="module")
-def sqlite_settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    """Settings of a module, over a database that is ready."""
-    home = tmp_path_factory.mktemp("home")
+def module_database(settings: Settings) -> Iterator[Database]:
+    opened = Database(settings.database)
+    yield opened
+    opened.dispose()
+
+
+@pytest.fixture(scope="module")
+def module_api(settings: Settings) -> Iterator[Api]:
+    running = Running()
+    yield running.start(settings)
+    running.stop()
+
+
+@pytest.fixture
+def database(module_database: Database) -> Database:
+    """An empty database, of each kind."""
+    with module_database.session_scope() as session:
+        for table in reversed(Base.metadata.sorted_tables):
+            session.execute(table.delete())
+    return module_database
+
+
+@pytest.fixture
+def api(module_api: Api, database: Database) -> Api:
+    """A server over an empty database, of each kind."""
+    return module_api
+
+
+def ready_settings(home: Path, url: str) -> Settings:
+    """Settings over a database that has the newest schema."""
     settings = Settings(
         _env_file=None,  # type: ignore[call-arg]
         home=home,
-        database_url=SecretStr(f"sqlite:///{home / 'test.sqlite3'}"),
+        database_url=SecretStr(url),
         dataset_roots=(home / "datasets",),
     )
     database = Database(settings.database)
     schema.migrate(database)
     database.dispose()
     return settings
+
+
+@pytest.fixture(scope="module")
+def sqlite_settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """Settings of a module where the kind of the database does not matter."""
+    home = tmp_path_factory.mktemp("home")
+    return ready_settings(home, f"sqlite:///{home / 'test.sqlite3'}")
 
 
 @pytest.fixture(scope="module")
@@ -178,16 +220,22 @@ class Attempt:
             lifecycle.release(session, self.fence, "for a test")
 
     def checkpoint(
-        self, step: int, *kinds: Literal["best", "last", "epoch"], bias: Sequence[float] = ()
+        self,
+        step: int,
+        *kinds: Literal["best", "last", "epoch"],
+        bias: Sequence[float] | None = None,
     ) -> str:
-        """Writes a real bundle, of a network that answers the same for every image: its
-        probabilities are the softmax of `bias`. Returns the storage key."""
+        """Writes a checkpoint and returns its storage key. With `bias` it is a real bundle, of a
+        network that answers the same for every image: the softmax of `bias`."""
         with self.worker.database.read_scope() as session:
             spec = load_spec(repository.get_job(session, self.fence.job_id).spec)
         assert isinstance(spec, TrainSpec)
         key = f"jobs/{self.fence.job_id}/{self.fence.attempt}/{step}"
         with self.worker.storage.writing(key, self.fence.owner) as folder:
-            write_tiny_bundle(folder, spec, bias)
+            if bias is None:
+                (folder / "model.safetensors").write_bytes(b"0123456789")
+            else:
+                write_bundle_that_answers(folder, spec, bias)
         with self.worker.database.session_scope() as session:
             repository.register_checkpoint(
                 session,
@@ -197,7 +245,7 @@ class Attempt:
                 epoch=1,
                 step=step,
                 metrics={"val_loss": 0.5},
-                num_bytes=self.worker.storage.num_bytes(key),
+                num_bytes=10,
             )
         return key
 
@@ -243,14 +291,11 @@ def worker(settings: Settings, database: Database) -> Worker:
     return Worker(settings, database)
 
 
-def write_tiny_bundle(folder: Path, spec: TrainSpec, bias: Sequence[float]) -> None:
+def write_bundle_that_answers(folder: Path, spec: TrainSpec, bias: Sequence[float]) -> None:
     assert spec.image_size is not None
-    torch.manual_seed(0)
-    model = build_model(spec.model, 10, spec.image_size)
-    weights = model.state_dict()
-    if bias:
-        weights["fc.weight"].zero_()
-        weights["fc.bias"].copy_(torch.tensor(bias))
+    weights = build_model(spec.model, 10, spec.image_size).state_dict()
+    weights["fc.weight"].zero_()
+    weights["fc.bias"].copy_(torch.tensor(bias))
     bundle = Bundle(
         spec=spec,
         classes=tuple("0123456789"),

@@ -1,0 +1,266 @@
+"""`POST /predict` with real bundles: a ResNet-18 whose last layer answers what a test says."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from typing import Any
+
+import pytest
+from PIL import Image
+
+BIAS = [0.0] * 7 + [math.log(8.0), math.log(2.0), 0.0]
+"""Of ten classes 7 is eight times, and 8 twice as likely as any other: 8/18, 2/18, and 1/18."""
+
+
+@pytest.fixture(scope="module")
+def settings(sqlite_settings: Any) -> Any:
+    """One database is enough here: which checkpoint is meant is the repository's to tell."""
+    return sqlite_settings
+
+
+@pytest.fixture
+def trained(api: Any, worker: Any) -> Any:
+    """A running job and its worker, with a checkpoint that answers by `BIAS`."""
+    job = api.submit()
+    attempt = worker.claim()
+    attempt.checkpoint(10, bias=BIAS)
+    return job["id"], attempt
+
+
+def checkpoint_ids(api: Any, job_id: str) -> dict[tuple[str, int], str]:
+    items = api.get(f"/jobs/{job_id}/checkpoints").json()["items"]
+    return {(item["kind"], item["step"]): item["id"] for item in items}
+
+
+def test_a_running_jobs_checkpoint_answers(api: Any, trained: Any, png: Any) -> None:
+    job_id, _ = trained
+    answer = api.predict([png()], model=job_id, top_k=3)
+    assert answer.status_code == 200, answer.text
+    document = answer.json()
+    assert document["model"] == {
+        "checkpoint_id": checkpoint_ids(api, job_id)["best", 10],
+        "job_id": job_id,
+        "arch": "resnet18",
+        "epoch": 1,
+        "step": 10,
+    }
+    [prediction] = document["predictions"]
+    assert prediction["image"] == "0.png"
+    assert [(top["label"], top["index"]) for top in prediction["top"]] == [
+        ("7", 7),
+        ("8", 8),
+        ("0", 0),
+    ]
+    probabilities = [top["probability"] for top in prediction["top"]]
+    assert probabilities == pytest.approx([8 / 18, 2 / 18, 1 / 18], abs=1e-6)
+    assert prediction["confidence"] == probabilities[0]
+    assert set(document["timing_ms"]) == {"decode", "queue", "load", "forward"}
+    assert all(value >= 0 for value in document["timing_ms"].values())
+    again = api.predict([png()], model=job_id).json()
+    assert again["timing_ms"]["load"] < document["timing_ms"]["load"], "the model is kept"
+
+
+def test_many_images_are_answered_in_their_order(api: Any, trained: Any, png: Any) -> None:
+    job_id, _ = trained
+    images = [png(value=value) for value in range(0, 250, 25)]
+    predictions = api.predict(images, model=job_id).json()["predictions"]
+    assert [p["image"] for p in predictions] == [f"{place}.png" for place in range(10)]
+    assert all(len(p["top"]) == 5 for p in predictions)
+
+
+def test_a_job_means_its_best_checkpoint_and_an_id_that_very_one(
+    api: Any, trained: Any, png: Any
+) -> None:
+    job_id, attempt = trained
+    old = checkpoint_ids(api, job_id)["last", 10]
+    attempt.checkpoint(20, "best", bias=BIAS[::-1])
+    attempt.finish()
+
+    def label(model: str) -> str:
+        predictions = api.predict([png()], model=model, top_k=1).json()["predictions"]
+        found: str = predictions[0]["top"][0]["label"]
+        return found
+
+    assert (label(job_id), label(old)) == ("2", "7")
+
+
+def test_top_k_is_capped_at_the_number_of_classes(api: Any, trained: Any, png: Any) -> None:
+    for top_k, expected in (("1", 1), ("10", 10), ("11", 10), ("9" * 30, 10)):
+        [prediction] = api.predict([png()], model=trained[0], top_k=top_k).json()["predictions"]
+        assert len({top["index"] for top in prediction["top"]}) == expected
+        assert len(prediction["top"]) == expected
+
+
+def test_a_model_that_is_not_there_or_has_no_checkpoint(
+    api: Any, png: Any, assert_problem: Callable[..., Any]
+) -> None:
+    for model in ("nothing", "a\x00b", "../x", "x" * 1000, "\N{PILE OF POO}"):
+        assert_problem(api.predict([png()], model=model), 404, "model_not_found")
+    assert_problem(api.predict([png()], model=api.submit()["id"]), 409, "no_checkpoint_yet")
+
+
+@pytest.mark.parametrize(
+    ("form", "loc"),
+    [
+        ({}, "model"),
+        ({"model": "x", "top_k": "0"}, "top_k"),
+        ({"model": "x", "top_k": "-1"}, "top_k"),
+        ({"model": "x", "top_k": "two"}, "top_k"),
+        ({"model": "x", "top_k": "1" * 5000}, "top_k"),
+        ({"model": "x", "explain": "true"}, "explain"),
+    ],
+)
+def test_a_form_that_makes_no_sense_is_refused_with_its_key(
+    sqlite_api: Any, png: Any, form: dict[str, str], loc: str, assert_problem: Callable[..., Any]
+) -> None:
+    document = assert_problem(sqlite_api.predict([png()], **form), 422, "invalid_input")
+    assert [item["loc"] for item in document["errors"]] == [loc]
+
+
+def test_a_form_needs_images_that_are_files_and_not_too_many(
+    sqlite_api: Any, png: Any, assert_problem: Callable[..., Any]
+) -> None:
+    other = sqlite_api.post("/predict", data={"model": "x"}, files=[("picture", ("a", b""))])
+    document = assert_problem(other, 422, "invalid_input")
+    assert {item["loc"] for item in document["errors"]} == {"image", "picture"}
+    text = sqlite_api.post(
+        "/predict", data={"model": "x", "image": "a"}, files=[("image", ("a", b""))]
+    )
+    assert_problem(text, 422, "invalid_input")
+    assert_problem(sqlite_api.predict([png()] * 65, model="x"), 400, "malformed_body")
+    assert_problem(sqlite_api.predict([png()] * 64, model="x"), 404, "model_not_found")
+
+
+def test_what_is_no_image_is_refused_by_its_place(
+    api: Any, trained: Any, png: Any, assert_problem: Callable[..., Any]
+) -> None:
+    for image in (b"", b"just text", b"<svg xmlns='http://www.w3.org/2000/svg'/>", png()[:8]):
+        response = api.predict([png(), image, png(), image], model=trained[0])
+        document = assert_problem(response, 422, "bad_image")
+        assert [item["loc"] for item in document["errors"]] == ["image[1]", "image[3]"]
+
+
+def test_a_truncated_image_is_refused(
+    api: Any, trained: Any, assert_problem: Callable[..., Any]
+) -> None:
+    buffer = BytesIO()
+    Image.effect_noise((64, 64), 50).convert("RGB").save(buffer, "JPEG")
+    half = buffer.getvalue()[: len(buffer.getvalue()) // 2]
+    assert_problem(api.predict([half], model=trained[0]), 422, "bad_image")
+
+
+def test_a_bomb_of_144_megapixels_is_refused_by_its_header(
+    api: Any, trained: Any, png: Any, assert_problem: Callable[..., Any]
+) -> None:
+    bomb = png(12_000, 12_000)
+    assert len(bomb) < 200_000
+    document = assert_problem(api.predict([png(), bomb], model=trained[0]), 413, "image_too_large")
+    assert [item["loc"] for item in document["errors"]] == ["image[1]"]
+
+
+def test_a_damaged_checkpoint_is_refused_and_not_kept(
+    api: Any, trained: Any, worker: Any, png: Any, assert_problem: Callable[..., Any]
+) -> None:
+    job_id, attempt = trained
+    key = attempt.checkpoint(20, bias=BIAS)
+    weights = worker.storage.path(key) / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    for _ in range(2):
+        response = api.predict([png()], model=job_id)
+        assert_problem(response, 409, "checkpoint_corrupt")
+        assert str(worker.storage.root) not in response.text
+    weights.write_bytes(whole)
+    assert api.predict([png()], model=job_id).status_code == 200
+
+
+def test_a_checkpoint_that_vanishes_while_it_is_asked_for_gives_way_to_the_next(
+    api: Any, trained: Any, worker: Any, png: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from api import predictions
+
+    job_id, attempt = trained
+    find = predictions.find_model
+    looked_up = []
+
+    def find_then_lose_it(*args: Any) -> Any:
+        found = find(*args)
+        if not looked_up:
+            attempt.checkpoint(20, bias=BIAS)
+            shutil.rmtree(worker.storage.path(found.key.storage_key))
+        looked_up.append(found.document.step)
+        return found
+
+    monkeypatch.setattr(predictions, "find_model", find_then_lose_it)
+    answer = api.predict([png()], model=job_id)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["model"]["step"] == 20
+    assert looked_up == [10, 20]
+
+
+def test_requests_at_the_same_time_load_a_model_once_and_share_batches(
+    api: Any, trained: Any, png: Any, monkeypatch: pytest.MonkeyPatch, wait_for: Callable[..., Any]
+) -> None:
+    from shared.vision.predictor import Predictor
+
+    inference = api.server._app.state.services.inference
+    batches: list[int] = []
+    blocked, released = threading.Event(), threading.Event()
+    predict = Predictor.predict
+
+    def slow_first(self: Any, images: Any) -> Any:
+        batches.append(len(images))
+        blocked.set()
+        assert released.wait(20)
+        return predict(self, images)
+
+    monkeypatch.setattr(Predictor, "predict", slow_first)
+    with ThreadPoolExecutor(8) as clients:
+        answers = [clients.submit(api.predict, [png()], model=trained[0])]
+        assert blocked.wait(20)
+        answers += [clients.submit(api.predict, [png()] * 2, model=trained[0]) for _ in range(5)]
+        wait_for(lambda: len(inference._waiting) == 5, "full queue")
+        released.set()
+        found = [answer.result() for answer in answers]
+    assert [answer.status_code for answer in found] == [200] * 6
+    assert [len(answer.json()["predictions"]) for answer in found] == [1, 2, 2, 2, 2, 2]
+    assert batches == [1, 10]
+    loads = [answer.json()["timing_ms"]["load"] for answer in found]
+    assert sum(load > 1 for load in loads) <= 1
+
+
+def test_beyond_so_many_predictions_one_is_told_to_come_back(
+    settings: Any,
+    start_server: Any,
+    trained: Any,
+    png: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    wait_for: Callable[..., Any],
+    assert_problem: Callable[..., Any],
+) -> None:
+    from shared.vision.predictor import Predictor
+
+    api = start_server(settings.model_copy(update={"max_predict_waiting": 2}))
+    inference = api.server._app.state.services.inference
+    released = threading.Event()
+    predict = Predictor.predict
+
+    def slow(self: Any, images: Any) -> Any:
+        assert released.wait(20)
+        return predict(self, images)
+
+    monkeypatch.setattr(Predictor, "predict", slow)
+    with ThreadPoolExecutor(2) as clients:
+        answers = [clients.submit(api.predict, [png()], model=trained[0]) for _ in range(2)]
+        wait_for(lambda: inference._num_places_taken == 2, "second prediction")
+        response = api.predict([png()], model=trained[0])
+        released.set()
+        assert_problem(response, 429, "too_busy")
+        assert response.headers["retry-after"] == "2"
+        assert [answer.result().status_code for answer in answers] == [200, 200]
+    assert api.predict([png()], model=trained[0]).status_code == 200
