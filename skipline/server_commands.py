@@ -158,7 +158,7 @@ def migrate() -> None:
 
         settings = load_settings()
         schema.migrate(Database(settings.database))
-    print("The database has the newest schema.")
+    typer.echo("The database has the newest schema.")
 
 
 def end_with_parent() -> None:
@@ -239,7 +239,8 @@ def run_children(children: list[Child], patience_seconds: float) -> int:
     healthy = True
     while healthy and not asked:
         time.sleep(0.2)
-        healthy = all([child.restart_if_ended() for child in children])
+        # A list, so that every child is looked at.
+        healthy = False not in [child.restart_if_ended() for child in children]
     stderr.print("Stopping: running jobs write a checkpoint first.")
     for child in children:
         if child.process.poll() is None:
@@ -272,7 +273,7 @@ def doctor(json_output: Annotated[bool, typer.Option("--json", help="As JSON.")]
         checks = [run_check(name, check) for name, check in doctor_checks(settings)]
     shown = shown_settings(settings)
     if json_output:
-        print(json.dumps({"checks": [asdict(check) for check in checks], "settings": shown}))
+        typer.echo(json.dumps({"checks": [asdict(check) for check in checks], "settings": shown}))
     else:
         console = Console(highlight=False, soft_wrap=True)
         marks = {True: "[green]ok[/green]  ", False: "[red]wrong[/red]", None: "    "}

@@ -158,7 +158,7 @@ def handler_of(server: Server) -> type[BaseHTTPRequestHandler]:
 
         do_GET = do_POST = _serve  # noqa: N815
 
-        def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+        def log_message(self, format: str, *args: object) -> None:
             pass
 
     return Handler
