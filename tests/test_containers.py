@@ -348,8 +348,8 @@ class Mapped:
 
 
 @pytest.fixture
-def services(tmp_path: Path, postgres_url: str, redis_url: str) -> Iterator[Mapped]:
-    mapped = Mapped(tmp_path, postgres_url, redis_url)
+def services(tmp_path: Path, postgres_schema_url: str, redis_url: str) -> Iterator[Mapped]:
+    mapped = Mapped(tmp_path, postgres_schema_url, redis_url)
     yield mapped
     mapped.kill()
 

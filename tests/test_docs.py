@@ -56,6 +56,9 @@ class Block:
     language: str
     text: str
 
+    def __str__(self) -> str:
+        return f"{self.document}:{self.line}"
+
     @property
     def key(self) -> tuple[str, str]:
         return self.document, self.text.splitlines()[0]
