@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 
 import structlog
 from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 from starlette.types import Receive, Scope, Send
 
@@ -161,9 +162,13 @@ class StreamHub:
             self._wake.clear()
             try:
                 self._look()
-            except Exception as error:  # The database may be away: the next round tries again.
-                log.warning("streams wait for the database", error=str(error))
+            except DBAPIError as error:
+                log.warning("streams wait for the database", error=type(error).__name__)
                 self._wake.wait(POLL_SECONDS)
+            except Exception:  # A bug: clients had better come again than wait for ever.
+                log.exception("the streams failed")
+                for subscription in self._subscriptions:
+                    subscription.stop()
         for subscription in self._subscriptions:
             subscription.stop()
 

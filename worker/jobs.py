@@ -157,10 +157,7 @@ def training_data(packed: PackedDataset, spec: TrainSpec) -> tuple[ArrayData, Ar
             "Every class has a single image, so none can be held out",
             "Add images to the dataset, or a split val",
         )
-    return (
-        ArrayData(images[train_rows], labels[train_rows]),
-        ArrayData(images[val_rows], labels[val_rows]),
-    )
+    return ArrayData(images, labels, train_rows), ArrayData(images, labels, val_rows)
 
 
 def activated_runtime(

@@ -38,12 +38,13 @@ DEMO_SPEC: dict[str, Any] = {
     "name": "demo",
     "dataset": "digits",
     "model": {"arch": "resnet18"},
+    "image_size": 16,
     "augment": ["random_crop"],
     "val_fraction": 0.1,
-    "epochs": 4,
-    "batch_size": 64,
-    "optimizer": {"name": "sgd", "lr": 0.05},
-    "log_every_steps": 5,
+    "epochs": 6,
+    "batch_size": 32,
+    "optimizer": {"name": "sgd", "lr": 0.02},
+    "log_every_steps": 10,
 }
 MIN_TOP1 = 0.97
 """Less than that on the held-out digits means that something is broken."""

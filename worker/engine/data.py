@@ -18,13 +18,17 @@ import torch
 
 @dataclass(frozen=True)
 class ArrayData:
-    """A split in memory or memory-mapped: images uint8 [N, S, S, 3], labels int64 [N]."""
+    """A split as arrays, in memory or memory-mapped: images uint8 [M, S, S, 3], labels int64 [M].
+
+    `rows` (int64 [N]) makes it those rows only, without copying an image; None means all.
+    """
 
     images: npt.NDArray[np.uint8]
     labels: npt.NDArray[np.int64]
+    rows: npt.NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.labels) if self.rows is None else len(self.rows)
 
 
 class Purpose(IntEnum):
@@ -70,14 +74,17 @@ class DeviceData:
 
     def __init__(self, data: ArrayData, device: torch.device) -> None:
         self._device = device
-        self._labels = torch.from_numpy(data.labels).to(device)
-        with warnings.catch_warnings():  # a read-only memory map will do: nothing writes to it
-            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            images = torch.from_numpy(data.images)
-        self._is_resident = device.type == "cpu" or (
-            images.nbytes <= torch.cuda.mem_get_info(device)[0] // 3
-        )
-        self._images = images.to(device) if self._is_resident else images
+        rows = np.arange(len(data)) if data.rows is None else data.rows
+        self._labels = torch.from_numpy(data.labels[rows]).to(device)
+        num_bytes = len(data) * data.images[0].nbytes
+        if device.type == "cuda" and num_bytes <= torch.cuda.mem_get_info(device)[0] // 3:
+            self._images = torch.from_numpy(data.images[rows]).to(device)
+            self._rows = torch.arange(len(rows), device=device)
+        else:
+            with warnings.catch_warnings():  # a read-only map will do: nothing writes to it
+                warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+                self._images = torch.from_numpy(data.images)
+            self._rows = torch.from_numpy(rows)
 
     def __len__(self) -> int:
         return len(self._labels)
@@ -89,18 +96,16 @@ class DeviceData:
         skips that many batches."""
         indices = torch.from_numpy(order)
         device_indices = indices.to(self._device)
+        rows = self._rows[indices.to(self._rows.device)]
         for start in range(first * batch_size, len(order), batch_size):
             chosen = slice(start, start + batch_size)
             on_device = device_indices[chosen]
-            if self._is_resident:
-                images = self._images.index_select(0, on_device)
-            else:
-                images = self._copy(indices[chosen])
-            yield Batch(images, self._labels[on_device], on_device)
+            yield Batch(self._gather(rows[chosen]), self._labels[on_device], on_device)
 
-    def _copy(self, indices: torch.Tensor) -> torch.Tensor:
-        pinned = torch.empty(
-            (len(indices), *self._images.shape[1:]), dtype=torch.uint8, pin_memory=True
-        )
-        torch.index_select(self._images, 0, indices, out=pinned)
+    def _gather(self, rows: torch.Tensor) -> torch.Tensor:
+        if self._images.device.type == self._device.type:
+            return self._images.index_select(0, rows)
+        shape = (len(rows), *self._images.shape[1:])
+        pinned = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+        torch.index_select(self._images, 0, rows, out=pinned)
         return pinned.to(self._device, non_blocking=True)

@@ -50,6 +50,16 @@ def test_training_drops_a_ragged_batch_unless_it_is_the_only_one(
     assert steps_per_epoch(num_samples, batch_size) == expected
 
 
+def test_rows_choose_samples_without_copying_an_image() -> None:
+    whole = numbered(6)
+    part = ArrayData(whole.images, whole.labels, np.array([5, 1, 3]))
+    assert len(part) == 3
+    batches = list(DeviceData(part, CPU).batches(np.array([2, 0, 1]), 2))
+    assert [batch.labels.tolist() for batch in batches] == [[3, 5], [1]]
+    assert [batch.images[:, 0, 0, 0].tolist() for batch in batches] == [[3, 5], [1]]
+    assert [batch.indices.tolist() for batch in batches] == [[2, 0], [1]]
+
+
 def test_batches_hold_the_samples_of_the_order() -> None:
     order = np.array([4, 0, 3, 1, 2])
     batches = list(DeviceData(numbered(5), CPU).batches(order, 2))
