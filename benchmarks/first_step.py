@@ -4,7 +4,7 @@ Once with a warm trainer, as by default, and once with a process that imports to
 job is there. The dataset is brought in and packed beforehand, then the same again on a service
 that has never seen it.
 
-    python benchmarks/first_step.py
+    python -m benchmarks.first_step
 """
 
 from __future__ import annotations

@@ -12,7 +12,6 @@ import queue
 import sys
 
 import structlog
-import torch
 
 from shared import lifecycle, lifeline, logs, repository
 from shared.database import Database
@@ -47,17 +46,10 @@ def main() -> None:
             first.put(Fence(**json.loads(line)))
 
     lifeline.watch(sys.stdin.fileno(), on_line, lambda: os._exit(ORPHANED))
-    warm_up()
     fence = first.get()
     database = Database(settings.database)
     run_attempt(settings, database, Storage(settings.artifacts_path), fence, control)
     database.dispose()
-
-
-def warm_up() -> None:
-    """Pays for what torch imports only when it is first used: with the first optimizer, its
-    compiler, a second and a half."""
-    torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
 
 
 def run_attempt(

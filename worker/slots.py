@@ -21,6 +21,11 @@ from worker.trainer_process import TrainerProcess
 log = structlog.get_logger(__name__)
 
 
+SETTLE_SECONDS = 10.0
+"""After a claim no warm trainer is started for so long: importing torch takes a core for seconds,
+which the job that has just begun can use better."""
+
+
 class Slots:
     """`num_slots` jobs at once, the cores divided among them."""
 
@@ -33,6 +38,7 @@ class Slots:
         self._devices = claimable_devices(settings)
         self._host = locks.host_name()
         self._warm: list[TrainerProcess] = []
+        self._claimed_at = -SETTLE_SECONDS
         self._warm_lock = threading.Lock()
         self._threads: set[threading.Thread] = set()
         self.draining = threading.Event()
@@ -56,14 +62,18 @@ class Slots:
                 return False
         trainer = self._take_trainer()
         claimed_at = time.monotonic()
-        with self._database.session_scope() as session:
-            fence = lifecycle.claim(
-                session, trainer.owner, self._host, self._settings.lease_seconds, self._devices
-            )
+        try:
+            with self._database.session_scope() as session:
+                fence = lifecycle.claim(
+                    session, trainer.owner, self._host, self._settings.lease_seconds, self._devices
+                )
+        except BaseException:
+            trainer.close()  # Should the claim have landed, the free lock tells a reaper.
+            raise
         if fence is None:
             self._put_back(trainer)
             return False
-        self._warm_up()
+        self._claimed_at = claimed_at
         Supervisor(self._settings, self._database, trainer, fence, claimed_at, self.draining).run()
         return True
 
@@ -84,20 +94,24 @@ class Slots:
         trainer.close()
 
     def _warm_up(self) -> None:
-        """Keeps trainers ready for jobs to come, as long as a slot may be free for them."""
+        """Keeps trainers ready for jobs to come, at most one for each slot."""
+        if time.monotonic() - self._claimed_at < SETTLE_SECONDS:
+            return
         with self._warm_lock:
             wanted = min(self._settings.warm_trainers, self._num_slots)
             while len(self._warm) < wanted and not self.draining.is_set():
                 self._warm.append(TrainerProcess(self._settings, self._num_threads))
 
     def look_forever(self) -> None:
-        """Starts the thread that looks at the queue whenever a slot is idle."""
-        self._warm_up()
+        """Starts the thread that looks at the queue whenever a slot is idle, and keeps trainers
+        warm."""
         self._spawn(self._look_loop, "idle-look")
 
     def _look_loop(self) -> None:
+        self._warm_up()
         while not self.draining.wait(self._settings.idle_look_seconds):
             try:
+                self._warm_up()
                 with self._database.read_scope() as session:
                     num_queued = repository.num_queued(session)
                 for _ in range(min(num_queued, self._num_slots)):

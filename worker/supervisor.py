@@ -157,7 +157,7 @@ class Supervisor:
                 return
             except DBAPIError as error:
                 self._log.warning("the database is away", error=type(error).__name__)
-                self._draining.wait(self._settings.control_seconds)
+                time.sleep(self._settings.control_seconds)
         # Nobody renews the lease any more and the lock is free: a reaper takes it from here.
 
     def _count_crash(self, session: object, code: int) -> None:
