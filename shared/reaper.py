@@ -11,7 +11,7 @@ import threading
 import time
 
 import structlog
-from sqlalchemy import select
+from sqlalchemy import ColumnElement, select
 
 from shared import lifecycle, locks
 from shared.database import Database, db_now
@@ -72,7 +72,7 @@ class Reaper:
         reason = "The worker did not renew its lease"
         return sum(self._lose(row.id, row.attempt, reason, expired) for row in rows)
 
-    def _lose(self, job_id: str, attempt: int, reason: str, where: object) -> bool:
+    def _lose(self, job_id: str, attempt: int, reason: str, where: ColumnElement[bool]) -> bool:
         with self._database.session_scope() as session:
             lost = lifecycle.lose(
                 session,
@@ -80,7 +80,7 @@ class Reaper:
                 attempt,
                 reason,
                 max_crashes=self._settings.max_crashes,
-                where=where,  # type: ignore[arg-type]
+                where=where,
             )
         if lost:
             log.warning("attempt lost", job_id=job_id, attempt=attempt, reason=reason)

@@ -3,7 +3,7 @@ together. `resolve` writes every default of a spec out and refuses what cannot w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -132,7 +132,7 @@ def resolve_stem(stem: Literal["auto", "small", "imagenet"], image_size: int) ->
     return "small" if image_size <= MAX_SMALL_STEM_SIZE else "imagenet"
 
 
-def selection_split(spec: TrainSpec, splits: Mapping[str, int]) -> Split:
+def selection_split(spec: TrainSpec, splits: Container[str]) -> Literal["val", "test"]:
     """The split that selects the best checkpoint: a held-out share of train counts as `val`."""
     return "val" if spec.val_fraction is not None or "val" in splits else "test"
 

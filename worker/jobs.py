@@ -27,7 +27,7 @@ from worker.datasets.packing import PackedDataset, pack
 from worker.datasets.sources import dataset_name, open_source
 from worker.datasets.splits import split_train
 from worker.engine.data import ArrayData
-from worker.engine.evaluate import build_report, evaluate_bundle
+from worker.engine.evaluate import Evaluation, build_report, evaluate_bundle
 from worker.engine.events import Control, TrainingCheckpoint
 from worker.engine.resume import RESUME_FILE, load_resume
 from worker.engine.runtime import Runtime, choose_runtime
@@ -132,7 +132,17 @@ def train(context: Context, spec: TrainSpec) -> None:
     )
     with context.database.read_scope() as session:
         best = repository.find_model(session, context.fence.job_id)
-    report = report_of(context, best, dataset, val_data, runtime, spec)
+    split = selection_split(spec, dataset.splits)
+    evaluation = evaluation_of(context, best, val_data, runtime, spec.batch_size)
+    report = build_report(
+        evaluation,
+        dataset.classes,
+        dataset=dataset.name,
+        dataset_id=dataset.id,
+        split=split,
+        selected_on=split,
+        checkpoint_id=best.id,
+    )
     result = {
         **result_of(report),
         "selected_on": report.selected_on,
@@ -237,44 +247,41 @@ def evaluate(context: Context, spec: EvaluateSpec) -> None:
     assert spec.split is not None, "stored specs are resolved"
     data = ArrayData(*packed.split(spec.split))
     runtime = activated_runtime(context, bundle.spec.precision, spec.resources.device, False)
-    report = report_of(context, checkpoint, dataset, data, runtime, spec)
-    succeed(context, result_of(report), report)
-
-
-def report_of(
-    context: Context,
-    checkpoint: Checkpoint,
-    dataset: Dataset,
-    data: ArrayData,
-    runtime: Runtime,
-    spec: TrainSpec | EvaluateSpec,
-) -> Report:
-    """What the stored checkpoint, not a model in memory, says of these images."""
-    bundle, weights = bundle_of(context, checkpoint)
-
-    def before_batch(done: int, total: int) -> None:
-        context.control.check()
-        if isinstance(spec, EvaluateSpec):
-            step = min(len(data), done * spec.batch_size)
-            context.show_images(step, len(data))
-
-    evaluation = evaluate_bundle(
-        bundle, weights, data, runtime, batch_size=spec.batch_size, before_batch=before_batch
+    evaluation = evaluation_of(
+        context, checkpoint, data, runtime, spec.batch_size, context.show_images
     )
-    selected_on = None
-    if isinstance(spec, TrainSpec):
-        selected_on = selection_split(spec, dataset.splits)
-    else:
-        context.show_images(len(data), len(data))
-    return build_report(
+    report = build_report(
         evaluation,
         dataset.classes,
         dataset=dataset.name,
         dataset_id=dataset.id,
-        split=selected_on or spec.split,  # type: ignore[union-attr, arg-type]
-        selected_on=selected_on,  # type: ignore[arg-type]
+        split=spec.split,
         checkpoint_id=checkpoint.id,
     )
+    succeed(context, result_of(report), report)
+
+
+def evaluation_of(
+    context: Context,
+    checkpoint: Checkpoint,
+    data: ArrayData,
+    runtime: Runtime,
+    batch_size: int,
+    show: Callable[[int, int | None], None] = lambda done, total: None,
+) -> Evaluation:
+    """What the stored checkpoint, not a model in memory, says of these images; `show` is told how
+    many are done."""
+    bundle, weights = bundle_of(context, checkpoint)
+
+    def before_batch(done: int, total: int) -> None:
+        context.control.check()
+        show(done * batch_size, len(data))
+
+    evaluation = evaluate_bundle(
+        bundle, weights, data, runtime, batch_size=batch_size, before_batch=before_batch
+    )
+    show(len(data), len(data))
+    return evaluation
 
 
 def bundle_of(context: Context, checkpoint: Checkpoint) -> tuple[Bundle, dict[str, torch.Tensor]]:

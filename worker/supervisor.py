@@ -9,6 +9,7 @@ import time
 
 import structlog
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
 
 from shared import lifecycle, repository
 from shared.database import Database
@@ -160,13 +161,13 @@ class Supervisor:
                 time.sleep(self._settings.control_seconds)
         # Nobody renews the lease any more and the lock is free: a reaper takes it from here.
 
-    def _count_crash(self, session: object, code: int) -> None:
+    def _count_crash(self, session: Session, code: int) -> None:
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         output = self._trainer.last_output()
         self._log.error("the trainer crashed", how=how, output=output)
         hint = "Look at the output; signal 9 often means that memory ran out: try a smaller batch"
         lifecycle.lose(
-            session,  # type: ignore[arg-type]
+            session,
             self._fence.job_id,
             self._fence.attempt,
             f"The trainer {how}",
