@@ -135,7 +135,9 @@ def stack(request: pytest.FixtureRequest) -> dict[str, str]:
 
 
 @pytest.fixture
-def service(tmp_path: Path, stack: dict[str, str]) -> Iterator[Service]:
+def service(
+    request: pytest.FixtureRequest, tmp_path: Path, stack: dict[str, str]
+) -> Iterator[Service]:
     """A running service. At the end it is stopped, and must leave no process behind."""
     home = tmp_path / "home"
     environment = {
@@ -146,7 +148,9 @@ def service(tmp_path: Path, stack: dict[str, str]) -> Iterator[Service]:
         "SKIPLINE_GRACE_SECONDS": "20",
         "SKIPLINE_CPU_THREADS": "1",
     }
-    environment.pop("SKIPLINE_LIFELINE", None)
+    # A warm trainer costs a core for seconds at each start: only who tests the usual way has one.
+    if request.module.__name__.endswith("test_faults"):
+        environment["SKIPLINE_WARM_TRAINERS"] = "0"
     running = Service(home, environment).start()
     try:
         yield running
