@@ -158,11 +158,15 @@ def resolve(spec: TrainSpec, dataset: DatasetFacts) -> TrainSpec:
     stem = resolve_stem(spec.model.stem, image_size)
     smallest = architecture.min_image_size[stem]
     if image_size < smallest:
+        name = spec.model.arch
+        if architecture.family == "resnet":
+            name += f" with the stem {stem}"
         refuse(
             "image_size" if spec.image_size else "model.stem",
-            f"{spec.model.arch} with the stem {stem} shrinks {image_size} px to nothing; "
-            f"it needs images of at least {smallest} px",
+            f"{name} shrinks {image_size} px to nothing; it needs at least {smallest} px",
         )
+    if architecture.family == "vgg" and spec.model.stem != "auto":
+        refuse("model.stem", "Only a ResNet has a stem to choose; leave it out")
     if dataset.num_classes < 2:
         refuse("dataset", "A classifier needs at least two classes")
     if "train" not in dataset.splits:
