@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import unquote, urlsplit
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 MEBIBYTE = 2**20
@@ -37,8 +37,9 @@ class Settings(BaseSettings):
     log_format: Literal["auto", "text", "json"] = "auto"
 
     # How jobs are owned.
-    lease_seconds: float = Field(60.0, gt=0, le=3600)
+    lease_seconds: float = Field(60.0, ge=8, le=3600)
     renew_seconds: float = Field(15.0, gt=0, le=600)
+    """At most a quarter of `lease_seconds`: a renewal or two may fail without losing the job."""
     control_seconds: float = Field(1.0, gt=0, le=60)
     """How often a supervisor looks whether its job should be cancelled."""
     idle_look_seconds: float = Field(2.0, gt=0, le=60)
@@ -71,6 +72,13 @@ class Settings(BaseSettings):
     model_cache_bytes: int = Field(2048 * MEBIBYTE, gt=0)
     max_predict_waiting: int = Field(64, gt=0)
     """Predictions that wait for the model before the next one is told to come back later."""
+
+    @field_validator("renew_seconds")
+    @classmethod
+    def _renew_in_time(cls, value: float, info: ValidationInfo) -> float:
+        if value > info.data.get("lease_seconds", value * 4) / 4:
+            raise ValueError("must be at most a quarter of SKIPLINE_LEASE_SECONDS")
+        return value
 
     @field_validator("dataset_roots", mode="before")
     @classmethod

@@ -41,15 +41,15 @@ def test_variables_and_a_dotenv_file_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / ".env").write_text("SKIPLINE_API_KEY=secret\nSKIPLINE_LEASE_SECONDS=5\n")
-    monkeypatch.setenv("SKIPLINE_LEASE_SECONDS", "7")
+    (tmp_path / ".env").write_text("SKIPLINE_API_KEY=secret\nSKIPLINE_LEASE_SECONDS=90\n")
+    monkeypatch.setenv("SKIPLINE_LEASE_SECONDS", "120")
     monkeypatch.setenv("SKIPLINE_DATASET_ROOTS", f"{tmp_path}:/data")
     get_settings.cache_clear()
     own = get_settings()
     get_settings.cache_clear()
     assert own.api_key is not None
     assert own.api_key.get_secret_value() == "secret"
-    assert own.lease_seconds == 7
+    assert own.lease_seconds == 120
     assert own.resolved_dataset_roots == (tmp_path.resolve(), Path("/data").resolve())
     assert "secret" not in repr(own)
 
@@ -57,3 +57,9 @@ def test_variables_and_a_dotenv_file_are_read(
 def test_a_limit_cannot_be_switched_off() -> None:
     with pytest.raises(ValidationError):
         settings(max_body_bytes=0)
+
+
+def test_a_lease_outlives_several_renewals() -> None:
+    assert settings(lease_seconds=8, renew_seconds=2).renew_seconds == 2
+    with pytest.raises(ValidationError, match="a quarter of SKIPLINE_LEASE_SECONDS"):
+        settings(lease_seconds=59)
