@@ -58,7 +58,7 @@ def _store(session: Session, spec: AnySpec) -> Job:
         facts, dataset_id = repository.dataset_facts(session, spec.dataset)
         return repository.add_job(session, catalog.resolve(spec, facts), dataset_id=dataset_id)
     if isinstance(spec, EvaluateSpec):
-        checkpoint = repository.find_model(session, spec.model)
+        checkpoint = repository.pin_model(session, spec.model)
         training = repository.get_job(session, checkpoint.job_id)
         trained_on, _ = repository.dataset_facts(
             session, training.dataset_id or training.spec["dataset"]

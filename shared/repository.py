@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import uuid_utils
 from sqlalchemy import ColumnElement, delete, func, insert, or_, select, update
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from shared import lifecycle
@@ -117,9 +118,11 @@ def _page(rows: list[Any], limit: int) -> tuple[list[Any], str | None]:
     return rows[:limit], rows[limit - 1].id if len(rows) > limit else None
 
 
-def num_queued(session: Session) -> int:
-    """How many jobs wait for a worker."""
+def num_queued(session: Session, devices: Collection[str] | None = None) -> int:
+    """How many jobs wait for a worker; with `devices`, for one that has these."""
     count = select(func.count()).select_from(Job).where(Job.status == JobStatus.queued)
+    if devices is not None:
+        count = count.where(Job.device.in_(devices))
     return session.scalar(count) or 0
 
 
@@ -160,20 +163,19 @@ class Orders:
     """What a supervisor asks each second about its job."""
 
     status: JobStatus
-    idle_seconds: float
-    """Since the last sign of progress, by the database's clock."""
+    progress_at: datetime | None
+    """When the trainer last gave a sign of progress, by the database's clock."""
 
 
 def read_orders(session: Session, fence: Fence) -> Orders | None:
     """None when the job is no longer this attempt's."""
-    row = session.execute(
-        select(Job.status, Job.progress_at, db_now()).where(holds(fence))
-    ).one_or_none()
-    if row is None:
-        return None
-    status, progress_at, now = row
-    assert progress_at is not None, "a claim sets it"
-    return Orders(JobStatus(status), (now - progress_at).total_seconds())
+    row = session.execute(select(Job.status, Job.progress_at).where(holds(fence))).one_or_none()
+    return None if row is None else Orders(JobStatus(row.status), row.progress_at)
+
+
+def check_fence(session: Session, fence: Fence) -> None:
+    """Locks the job's row for the rest of the transaction. Raises `Superseded`."""
+    _update_owned(session, fence, progress_at=db_now())
 
 
 def store_runtime(session: Session, fence: Fence, runtime: Mapping[str, Any]) -> None:
@@ -422,9 +424,12 @@ def retire_checkpoints(session: Session, job_id: str, keep: Mapping[str, int]) -
             select(Checkpoint)
             .where(Checkpoint.job_id == job_id, Checkpoint.kind == kind)
             .order_by(Checkpoint.step.desc(), Checkpoint.id.desc())
+            .with_for_update()
         )
+        # Locked before the needs are read: see `pin_model`.
+        superfluous = list(session.scalars(newest_first))[num_kept:]
         needed_ids = set(session.scalars(needed))
-        for row in list(session.scalars(newest_first))[num_kept:]:
+        for row in superfluous:
             if row.id not in needed_ids:
                 dropped.add(row.key)
                 session.delete(row)
@@ -498,6 +503,17 @@ def find_model(session: Session, reference: str) -> Checkpoint:
     raise NoCheckpointYet(f"The job {job.id} has no checkpoint. {detail}")
 
 
+def pin_model(session: Session, reference: str) -> Checkpoint:
+    """As `find_model`, for a job that will name the checkpoint: until that job is stored, nobody
+    else retires it. Raises as `find_model` does."""
+    while True:
+        checkpoint = find_model(session, reference)
+        locked = select(Checkpoint.id).where(Checkpoint.id == checkpoint.id)
+        if session.scalar(locked.with_for_update(read=True)) is not None:
+            return checkpoint
+        session.expire_all()  # It was retired just now, for a newer one.
+
+
 # -------------------------------------------------------------------------------------- reports
 
 
@@ -528,8 +544,11 @@ def add_dataset(session: Session, **values: Any) -> Dataset:
             existing.name = values["name"]
         return existing
     dataset = Dataset(created_at=session.scalar(select(db_now())), **values)
-    session.add(dataset)
-    session.flush()
+    try:
+        with session.begin_nested():
+            session.add(dataset)
+    except IntegrityError:  # Another worker has just brought in the same images.
+        return session.scalars(select(Dataset).where(Dataset.hash == values["hash"])).one()
     return dataset
 
 

@@ -73,9 +73,9 @@ class Settings(BaseSettings):
     max_predict_waiting: int = Field(64, gt=0)
     """Predictions that wait for the model before the next one is told to come back later."""
 
-    @field_validator("renew_seconds")
+    @field_validator("renew_seconds", "control_seconds")
     @classmethod
-    def _renew_in_time(cls, value: float, info: ValidationInfo) -> float:
+    def _well_within_a_lease(cls, value: float, info: ValidationInfo) -> float:
         if value > info.data.get("lease_seconds", value * 4) / 4:
             raise ValueError("must be at most a quarter of SKIPLINE_LEASE_SECONDS")
         return value

@@ -76,6 +76,7 @@ class Storage:
 
         Raises:
             CheckpointCorrupt: a file is missing, or differs.
+            OSError: the disk cannot be read, which says nothing about the files.
         """
         folder = self.path(key)
         try:
@@ -83,7 +84,7 @@ class Storage:
             for name in names or manifest:
                 if _digest(folder / name) != manifest[name]["sha256"]:
                     raise CheckpointCorrupt(f"The file {name} is not as it was written")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
             raise CheckpointCorrupt(
                 f"A file is missing or unreadable ({type(error).__name__})"
             ) from None

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from shared import lifecycle, repository
 from shared.database import Database
-from shared.errors import CheckpointCorrupt, TrainingError
+from shared.errors import CheckpointCorrupt, SetupError, TrainingError
 from shared.lifecycle import Fence
 from shared.settings import Settings
 from shared.storage import Storage
@@ -204,6 +204,12 @@ def last_state(context: Context) -> Resume | None:
     None when training starts afresh."""
     with context.database.read_scope() as session:
         rows = repository.list_checkpoints(session, context.fence.job_id)
+    if rows and not any(context.storage.path(row.key).exists() for row in rows):
+        # Not damaged, but elsewhere: to start afresh would throw them away.
+        raise SetupError(
+            "None of the job's checkpoints is in this worker's storage: SKIPLINE_ARTIFACTS_URL "
+            "must name the same folder for all processes"
+        )
     chosen, resume = None, None
     for row in {row.key: row for row in rows}.values():
         try:
@@ -368,9 +374,12 @@ def store_dataset(
     num_bytes = context.storage.num_bytes(key)
 
     def register(session: Session) -> Dataset:
+        repository.check_fence(session, context.fence)
         dataset = repository.add_dataset(
             session, key=key, num_bytes=num_bytes, **dataset_columns(record)
         )
+        if not context.storage.path(dataset.key).exists():
+            dataset.key = key
         and_then(session, dataset)
         return dataset
 

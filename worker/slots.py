@@ -58,7 +58,7 @@ class Slots:
     def _run_next(self) -> bool:
         """Claims a job and runs it to its end; False when there is none."""
         with self._database.read_scope() as session:
-            if repository.num_queued(session) == 0:
+            if repository.num_queued(session, self._devices) == 0:
                 return False
         trainer = self._take_trainer()
         claimed_at = time.monotonic()
@@ -68,7 +68,8 @@ class Slots:
                     session, trainer.owner, self._host, self._settings.lease_seconds, self._devices
                 )
         except BaseException:
-            trainer.close()  # Should the claim have landed, the free lock tells a reaper.
+            # Should the claim have landed, the lock file, now free, tells a reaper.
+            trainer.close(keep_lock_file=True)
             raise
         if fence is None:
             self._put_back(trainer)
@@ -100,7 +101,11 @@ class Slots:
         with self._warm_lock:
             wanted = min(self._settings.warm_trainers, self._num_slots)
             while len(self._warm) < wanted and not self.draining.is_set():
-                self._warm.append(TrainerProcess(self._settings, self._num_threads))
+                try:
+                    self._warm.append(TrainerProcess(self._settings, self._num_threads))
+                except OSError as error:  # Jobs start without one, if later.
+                    log.warning("no trainer could be warmed", error=str(error))
+                    return
 
     def look_forever(self) -> None:
         """Starts the thread that looks at the queue whenever a slot is idle, and keeps trainers
@@ -113,7 +118,7 @@ class Slots:
             try:
                 self._warm_up()
                 with self._database.read_scope() as session:
-                    num_queued = repository.num_queued(session)
+                    num_queued = repository.num_queued(session, self._devices)
                 for _ in range(min(num_queued, self._num_slots)):
                     self._spawn(self.work, "slot")
             except Exception as error:

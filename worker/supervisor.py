@@ -6,6 +6,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from datetime import datetime
 
 import structlog
 from sqlalchemy.exc import DBAPIError
@@ -22,7 +23,7 @@ from worker.trainer_process import Order, TrainerProcess
 log = structlog.get_logger(__name__)
 
 SAFETY_SECONDS = 5.0
-"""The trainer is ended so long before its lease can have run out."""
+"""The trainer is ended so long before its lease can have run out; a sixth of a shorter lease."""
 
 LEAVING_SECONDS = 5.0
 """A trainer that has written its last word gets so long to exit by itself."""
@@ -55,26 +56,44 @@ class Supervisor:
         self._order: Order | None = None
         self._ordered_at = 0.0
         self._warned = False
+        self._progress_at: datetime | None = None
+        self._progress_seen_at = claimed_at
+        self._watchdog = threading.Timer(0, lambda: None)
         self._log = log.bind(job_id=fence.job_id, attempt=fence.attempt)
 
     def run(self) -> None:
         """Returns when the trainer is gone and the job settled, or left to the reaper."""
         self._log.info("attempt started", pid=self._trainer.pid)
-        self._trainer.begin(self._fence)
+        self._arm_watchdog()
         try:
+            self._trainer.begin(self._fence)
             while (code := self._trainer.wait(self._settings.control_seconds)) is None:
                 if not self._look():
                     self._trainer.signal(signal.SIGKILL)
                     return
             self._settle(code)
         finally:
+            self._watchdog.cancel()
             self._trainer.close()
+
+    def _arm_watchdog(self) -> None:
+        """Ends the trainer before its lease can have run out, also while this thread waits for a
+        database that does not answer."""
+        self._watchdog.cancel()
+        safety = min(SAFETY_SECONDS, self._settings.lease_seconds / 6)
+        remaining = self._lease_end() - safety - time.monotonic()
+        self._watchdog = threading.Timer(max(0.0, remaining), self._fence_off)
+        self._watchdog.daemon = True
+        self._watchdog.start()
+
+    def _fence_off(self) -> None:
+        self._log.error("the lease could not be renewed: the trainer is ended")
+        self._trainer.signal(signal.SIGKILL)
 
     def _look(self) -> bool:
         """One round of watching; False when the trainer must end at once."""
-        if time.monotonic() >= self._lease_end() - SAFETY_SECONDS:
-            self._log.error("the lease could not be renewed: the trainer is ended")
-            return False
+        if self._draining.is_set():
+            self._give_order("release")
         try:
             orders = self._read_and_renew()
         except DBAPIError as error:
@@ -86,9 +105,10 @@ class Supervisor:
             return False
         if orders.status is JobStatus.cancelling:
             self._give_order("cancel")
-        elif self._draining.is_set():
-            self._give_order("release")
-        return self._watch_progress(orders.idle_seconds)
+        try:
+            return self._watch_progress(orders)
+        except (DBAPIError, Superseded):  # The next round sees which.
+            return True
 
     def _lease_end(self) -> float:
         return self._renewed_at + self._settings.lease_seconds
@@ -100,6 +120,7 @@ class Supervisor:
                 if not lifecycle.renew(session, self._fence, self._settings.lease_seconds):
                     return None
             self._renewed_at = sent_at
+            self._arm_watchdog()
         with self._database.read_scope() as session:
             return repository.read_orders(session, self._fence)
 
@@ -118,8 +139,13 @@ class Supervisor:
         elif waited > 0.8 * self._settings.grace_seconds:
             self._trainer.signal(signal.SIGTERM)
 
-    def _watch_progress(self, idle_seconds: float) -> bool:
-        """A trainer that lives and does not get on: a warning first, then an end."""
+    def _watch_progress(self, orders: Orders) -> bool:
+        """A trainer that lives and does not get on: a warning first, then an end. Measured by
+        this process's clock, which stands still while a laptop sleeps."""
+        now = time.monotonic()
+        if orders.progress_at != self._progress_at:
+            self._progress_at, self._progress_seen_at = orders.progress_at, now
+        idle_seconds = now - self._progress_seen_at
         if idle_seconds > self._settings.stall_failure_seconds:
             error = {
                 "code": "stalled",
@@ -139,7 +165,10 @@ class Supervisor:
 
     def _settle(self, code: int) -> None:
         """The trainer has ended: if it did not say how, say it for it."""
-        while time.monotonic() < self._lease_end():
+        patience_ends = self._lease_end()
+        if self._order is not None:
+            patience_ends = min(patience_ends, self._ordered_at + self._settings.grace_seconds)
+        while True:
             try:
                 with self._database.session_scope() as session:
                     orders = repository.read_orders(session, self._fence)
@@ -158,7 +187,9 @@ class Supervisor:
                 return
             except DBAPIError as error:
                 self._log.warning("the database is away", error=type(error).__name__)
-                time.sleep(self._settings.control_seconds)
+            if time.monotonic() > patience_ends:
+                break
+            time.sleep(self._settings.control_seconds)
         # Nobody renews the lease any more and the lock is free: a reaper takes it from here.
 
     def _count_crash(self, session: Session, code: int) -> None:

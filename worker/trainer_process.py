@@ -37,6 +37,7 @@ class TrainerProcess:
         self._logs.mkdir(parents=True, exist_ok=True)
         self._lock = OwnerLock(self._locks)
         self.owner = self._lock.owner
+        self._has_job = False
         self._log_path = self._logs / f"{self.owner}.log"
         with self._log_path.open("wb") as log:
             self._process = lifeline.start(
@@ -57,8 +58,10 @@ class TrainerProcess:
 
     def begin(self, fence: Fence) -> None:
         """Hands the job over; its output is kept under the job's id from here on."""
+        self._has_job = True
         new = self._logs / f"{fence.job_id}.{fence.attempt}.log"
-        self._log_path = self._log_path.rename(new)
+        with contextlib.suppress(FileNotFoundError):
+            self._log_path = self._log_path.rename(new)
         self._send(
             json.dumps({"job_id": fence.job_id, "attempt": fence.attempt, "owner": fence.owner})
         )
@@ -93,21 +96,23 @@ class TrainerProcess:
             return log.read().decode(errors="replace").strip()
         return ""
 
-    def close(self) -> None:
-        """Ends whatever is left of it and lets go of the lock."""
+    def close(self, *, keep_lock_file: bool = False) -> None:
+        """Ends whatever is left of it and lets go of the lock. The lock's file goes at once if
+        it never had a job, unless told otherwise; else a reaper removes it."""
         self.signal(signal.SIGKILL)
         self._process.wait()
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
         self._lock.release()
-        if self._log_path.name == f"{self.owner}.log":  # It never had a job.
+        if not self._has_job:
             self._log_path.unlink(missing_ok=True)
-            forget(self._locks, self.owner)
+            if not keep_lock_file:
+                forget(self._locks, self.owner)
 
 
 def sweep_logs(home: Path, keep: int = 1000) -> None:
-    """Removes the oldest output files beyond the newest `keep`."""
-    logs = sorted((home / "logs").glob("*.log"), key=lambda path: path.stat().st_mtime)
+    """Removes the oldest jobs' output files beyond the newest `keep`."""
+    logs = sorted((home / "logs").glob("*.*.log"), key=lambda path: path.stat().st_mtime)
     for path in logs[:-keep]:
         path.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -192,6 +193,68 @@ def test_a_queued_job_knows_its_place(database: Database) -> None:
         jobs, _ = repository.list_jobs(session, status=None, kind=None, limit=10, after=None)
         positions = repository.queue_positions(session, jobs)
     assert [positions[job.id] for job in jobs] == [3, 2, 1]
+
+
+def test_a_worker_sees_only_jobs_that_it_can_run(database: Database) -> None:
+    add_job(database)
+    add_job(database, resources={"device": "cuda"})
+    with database.read_scope() as session:
+        assert repository.num_queued(session) == 2
+        assert repository.num_queued(session, ("auto", "cpu")) == 1
+
+
+def test_two_workers_that_bring_in_the_same_images_at_once_agree(database: Database) -> None:
+    columns: dict[str, Any] = {
+        "id": "ds_1",
+        "name": "digits",
+        "hash": "h",
+        "classes": ["a", "b"],
+        "splits": {},
+        "image_size": 32,
+        "channel_mean": [0.5] * 3,
+        "channel_std": [0.2] * 3,
+        "problems": [],
+        "num_bytes": 5,
+    }
+    keys: list[str] = []
+    barrier = threading.Barrier(4)
+
+    def bring_in(key: str) -> None:
+        barrier.wait()
+        with database.session_scope() as session:
+            keys.append(repository.add_dataset(session, key=key, **columns).key)
+
+    threads = [threading.Thread(target=bring_in, args=(f"k{n}",)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(keys) == 4
+    assert len(set(keys)) == 1
+
+
+def test_a_pinned_checkpoint_is_not_retired_by_the_training(database: Database) -> None:
+    fence = running(database)
+    register(database, fence, 1, "last")
+    register(database, fence, 2, "last")
+    pinned = threading.Event()
+    unused: list[list[str]] = []
+
+    def retire() -> None:
+        pinned.wait()
+        with database.session_scope() as session:
+            unused.append(repository.retire_checkpoints(session, fence.job_id, {"last": 1}))
+
+    thread = threading.Thread(target=retire)
+    thread.start()
+    with database.session_scope() as session:
+        older = repository.list_checkpoints(session, fence.job_id)[1].id
+        checkpoint = repository.pin_model(session, older)
+        pinned.set()
+        spec = EvaluateSpec(model=older, dataset="digits", split="test")
+        repository.add_job(session, spec, checkpoint_id=checkpoint.id)
+    thread.join()
+    assert unused == [[]]
 
 
 def test_the_same_images_are_one_dataset_under_the_latest_name(database: Database) -> None:

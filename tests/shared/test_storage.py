@@ -102,3 +102,12 @@ def test_a_root_that_is_a_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(SetupError, match="SKIPLINE_HOME"):
         Storage(tmp_path / "file")
+
+
+def test_a_disk_that_cannot_be_read_is_no_damage(storage: Storage) -> None:
+    write(storage)
+    manifest = storage.path("jobs/j/1/5") / "manifest.json"
+    manifest.unlink()
+    manifest.mkdir()
+    with pytest.raises(IsADirectoryError):
+        storage.verify("jobs/j/1/5")
