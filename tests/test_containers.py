@@ -116,7 +116,7 @@ def test_the_libraries_are_a_layer_that_does_not_change_with_the_code() -> None:
     before = [rest for place, rest in copies if place < libraries]
     assert before == ["pyproject.toml constraints.txt ./"]
     assert [rest for place, rest in copies if place > libraries] == [". ."]
-    assert len(steps_with("pip install", "--mount=type=cache,target=/root/.cache/pip")) == 2
+    assert len(steps_with("pip install", "--mount=type=cache,target=/var/cache/pip")) == 2
 
 
 def test_the_image_has_what_torch_compile_and_the_gpu_runtime_need() -> None:
