@@ -3,11 +3,24 @@ together. `resolve` writes every default of a spec out and refuses what cannot w
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from skipline.specs import ARCHS, RESNETS, EvaluateSpec, Step, TrainSpec
+from skipline.recipes import RECIPES
+from skipline.specs import (
+    IMAGENET_WEIGHTS,
+    PUBLISHED,
+    RESNETS,
+    VGGS,
+    AugmentSpec,
+    Cutout,
+    EvaluateSpec,
+    ModelSpec,
+    RandomCrop,
+    Step,
+    TrainSpec,
+)
 
 Split = Literal["train", "val", "test"]
 Stem = Literal["small", "imagenet"]
@@ -32,6 +45,8 @@ class ArchitectureFacts:
     """What can be said of a network without building it.
 
     `min_image_size` maps each stem to the smallest side in pixels that leaves a map of 1x1.
+    `parts` are the names of its modules, from the image to the head, as its weights are named.
+    `has_imagenet_weights`: torchvision has weights for it.
     """
 
     name: str
@@ -39,7 +54,14 @@ class ArchitectureFacts:
     depth: int
     batch_norm: bool
     min_image_size: Mapping[Stem, int]
+    parts: tuple[str, ...]
     description: str
+    has_imagenet_weights: bool = True
+    has_stems: bool = False
+
+
+RESNET_PARTS = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4", "fc")
+VGG_PARTS = ("features", "classifier")
 
 
 def _resnet(name: str) -> ArchitectureFacts:
@@ -51,7 +73,9 @@ def _resnet(name: str) -> ArchitectureFacts:
         depth=depth,
         batch_norm=True,
         min_image_size={"small": 8, "imagenet": 32},
+        parts=RESNET_PARTS,
         description=f"ResNet-{depth} with {block} blocks (He et al., 2016)",
+        has_stems=True,
     )
 
 
@@ -63,13 +87,39 @@ def _vgg(name: str) -> ArchitectureFacts:
         depth=int(depth),
         batch_norm=bool(norm),
         min_image_size={"small": 32, "imagenet": 32},
+        parts=VGG_PARTS,
         description=f"VGG-{depth} {'with' if norm else 'without'} batch norm (Simonyan, 2015)",
     )
 
 
-ARCHITECTURES: Mapping[str, ArchitectureFacts] = {
-    name: _resnet(name) if name in RESNETS else _vgg(name) for name in ARCHS
-}
+_PUBLISHED = (
+    ArchitectureFacts(
+        name=PUBLISHED[0],
+        family="resnet",
+        depth=50,
+        batch_norm=True,
+        min_image_size={"small": 16, "imagenet": 16},
+        parts=RESNET_PARTS,
+        description="A published ResNet for 64 px: bottleneck stages of 3, 4, 6, 2; stride-1 stem",
+        has_imagenet_weights=False,
+    ),
+    ArchitectureFacts(
+        name=PUBLISHED[1],
+        family="vgg",
+        depth=14,
+        batch_norm=False,
+        min_image_size={"small": 16, "imagenet": 16},
+        parts=VGG_PARTS,
+        description="A published VGG for 64 px: ten convolutions, four linear layers",
+        has_imagenet_weights=False,
+    ),
+)
+
+ARCHITECTURES: Mapping[str, ArchitectureFacts] = (
+    {name: _resnet(name) for name in RESNETS}
+    | {name: _vgg(name) for name in VGGS}
+    | {facts.name: facts for facts in _PUBLISHED}
+)
 
 
 @dataclass(frozen=True)
@@ -87,6 +137,61 @@ class DatasetFacts:
     @property
     def num_classes(self) -> int:
         return len(self.classes)
+
+
+_CIFAR100_CLASSES = """
+    apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly
+    camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile
+    cup dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo keyboard lamp
+    lawn_mower leopard lion lizard lobster man maple_tree motorcycle mountain mouse mushroom
+    oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine
+    possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake
+    spider squirrel streetcar sunflower sweet_pepper table tank telephone television tiger tractor
+    train trout tulip turtle wardrobe whale willow_tree wolf woman worm
+"""
+_FASHION_MNIST_CLASSES = (
+    "Ankle boot, Bag, Coat, Dress, Pullover, Sandal, Shirt, Sneaker, T-shirt/top, Trouser"
+)
+_STL10_CLASSES = "airplane bird car cat deer dog horse monkey ship truck"
+_TINYIMAGENET_CLASSES = """
+    African elephant, American alligator, American lobster, Arabian camel, CD player, Chihuahua,
+    Christmas stocking, Egyptian cat, European fire salamander, German shepherd,
+    Labrador retriever, Persian cat, Yorkshire terrier, abacus, academic gown, acorn, albatross,
+    alp, altar, apron, baboon, backpack, banana, bannister, barbershop, barn, barrel, basketball,
+    bathtub, beach wagon, beacon, beaker, bee, beer bottle, bell pepper, bighorn, bikini,
+    binoculars, birdhouse, bison, black stork, black widow, boa constrictor, bow tie, brain coral,
+    brass, broom, brown bear, bucket, bullet train, bullfrog, butcher shop, candle, cannon,
+    cardigan, cash machine, cauliflower, centipede, chain, chest, chimpanzee, cliff,
+    cliff dwelling, cockroach, comic book, computer keyboard, confectionery, convertible,
+    coral reef, cougar, crane, dam, desk, dining table, dragonfly, drumstick, dugong, dumbbell,
+    espresso, flagpole, fly, fountain, freight car, frying pan, fur coat, gasmask, gazelle,
+    go-kart, golden retriever, goldfish, gondola, goose, grasshopper, guacamole, guinea pig, hog,
+    hourglass, iPod, ice cream, ice lolly, jellyfish, jinrikisha, kimono, king penguin, koala,
+    ladybug, lakeside, lampshade, lawn mower, lemon, lesser panda, lifeboat, limousine, lion,
+    magnetic compass, mantis, mashed potato, maypole, meat loaf, military uniform, miniskirt,
+    monarch, moving van, mushroom, nail, neck brace, obelisk, oboe, orange, orangutan, organ, ox,
+    parking meter, pay-phone, picket fence, pill bottle, pizza, plate, plunger, pole, police van,
+    pomegranate, poncho, pop bottle, potpie, potter's wheel, pretzel, projectile, punching bag,
+    reel, refrigerator, remote control, rocking chair, rugby ball, sandal, school bus, scoreboard,
+    scorpion, sea cucumber, sea slug, seashore, sewing machine, slug, snail, snorkel, sock,
+    sombrero, space heater, spider web, spiny lobster, sports car, standard poodle,
+    steel arch bridge, stopwatch, sulphur butterfly, sunglasses, suspension bridge,
+    swimming trunks, syringe, tabby, tailed frog, tarantula, teapot, teddy, thatch, torch,
+    tractor, trilobite, triumphal arch, trolleybus, turnstile, umbrella, vestment, viaduct,
+    volleyball, walking stick, water jug, water tower, wok, wooden spoon
+"""
+NUM_STL10_FOLDS = 10
+
+
+def _stl10(name: str, num_train: int, description: str) -> DatasetFacts:
+    return DatasetFacts(
+        name=name,
+        classes=tuple(_STL10_CLASSES.split()),
+        image_size=96,
+        splits={"train": num_train, "test": 8_000},
+        description=f"STL-10, 96x96 colour, {description} (Coates, Ng & Lee, 2011)",
+        needs_network=True,
+    )
 
 
 BUILTIN_DATASETS: Mapping[str, DatasetFacts] = {
@@ -113,7 +218,36 @@ BUILTIN_DATASETS: Mapping[str, DatasetFacts] = {
         ),
         image_size=32,
         splits={"train": 50_000, "test": 10_000},
-        description="CIFAR-10, 32x32 colour (Krizhevsky, 2009); downloaded by torchvision",
+        description="CIFAR-10, 32x32 colour (Krizhevsky, 2009)",
+        needs_network=True,
+    ),
+    "cifar100": DatasetFacts(
+        name="cifar100",
+        classes=tuple(_CIFAR100_CLASSES.split()),
+        image_size=32,
+        splits={"train": 50_000, "test": 10_000},
+        description="CIFAR-100 with its fine labels, 32x32 colour (Krizhevsky, 2009)",
+        needs_network=True,
+    ),
+    "fashion_mnist": DatasetFacts(
+        name="fashion_mnist",
+        classes=tuple(_FASHION_MNIST_CLASSES.split(", ")),
+        image_size=32,
+        splits={"train": 60_000, "test": 10_000},
+        description="Fashion-MNIST, 28x28 grey (Xiao, Rasul & Vollgraf, 2017)",
+        needs_network=True,
+    ),
+    "stl10": _stl10("stl10", 5_000, "without its unlabelled images"),
+    **{
+        f"stl10_fold{fold}": _stl10(f"stl10_fold{fold}", 1_000, f"predefined fold {fold} of train")
+        for fold in range(NUM_STL10_FOLDS)
+    },
+    "tinyimagenet": DatasetFacts(
+        name="tinyimagenet",
+        classes=tuple(name.strip() for name in _TINYIMAGENET_CLASSES.split(",")),
+        image_size=64,
+        splits={"train": 100_000, "val": 10_000},
+        description="TinyImageNet, 200 classes, 64x64 JPEG (Le & Yang, 2015)",
         needs_network=True,
     ),
 }
@@ -142,31 +276,90 @@ def evaluation_split(splits: Mapping[str, int]) -> Split:
     return "test" if "test" in splits else "val"
 
 
-def resolve(spec: TrainSpec, dataset: DatasetFacts) -> TrainSpec:
-    """The spec with all that depends on the dataset written out.
+@dataclass(frozen=True)
+class ClusterFacts:
+    """What the living workers have: `max_gpus` is the number of GPUs of the one with the most."""
+
+    max_gpus: int
+
+
+Refuse = Callable[[str, str], None]
+"""Takes a key and what is wrong with its value."""
+
+
+def resolve(
+    spec: TrainSpec, dataset: DatasetFacts, cluster: ClusterFacts | None = None
+) -> TrainSpec:
+    """The spec with all that depends on the dataset written out. `cluster` is None where no worker
+    is known: a job may be there first.
 
     Raises:
-        SpecRefused: the spec cannot work with this dataset; says which keys.
+        SpecRefused: the spec cannot work with this dataset, or nowhere; says which keys.
     """
     items: list[dict[str, str]] = []
 
     def refuse(loc: str, message: str) -> None:
         items.append({"loc": loc, "message": message})
 
-    image_size = spec.image_size or dataset.image_size
-    architecture = ARCHITECTURES[spec.model.arch]
-    stem = resolve_stem(spec.model.stem, image_size)
-    smallest = architecture.min_image_size[stem]
+    image_size = _image_size(spec, dataset, refuse)
+    _check_model(spec, image_size, refuse)
+    _check_splits(spec, dataset, refuse)
+    _check_resources(spec, cluster, refuse)
+    scheduler = _scheduler(spec, refuse)
+    augment = _augment(spec, image_size, refuse)
+    if items:
+        raise SpecRefused(items)
+    return spec.model_copy(
+        update={"image_size": image_size, "scheduler": scheduler, "augment": augment}
+    )
+
+
+def _image_size(spec: TrainSpec, dataset: DatasetFacts, refuse: Refuse) -> int:
+    if spec.image_size is not None:
+        return spec.image_size
+    if spec.recipe is None:
+        return dataset.image_size
+    recipe = RECIPES[spec.recipe]
+    if dataset.image_size != recipe.dataset_image_size:
+        refuse(
+            "recipe",
+            f"{recipe.name} is made for images of {recipe.dataset_image_size} px and those of "
+            f"{dataset.name} have {dataset.image_size} px; set image_size if you mean it",
+        )
+    size: int = recipe.spec.get("image_size", recipe.dataset_image_size)
+    return size
+
+
+def _check_model(spec: TrainSpec, image_size: int, refuse: Refuse) -> None:
+    model, facts = spec.model, ARCHITECTURES[spec.model.arch]
+    stem = resolve_stem(model.stem, image_size)
+    smallest = facts.min_image_size[stem]
     if image_size < smallest:
-        name = spec.model.arch
-        if architecture.family == "resnet":
-            name += f" with the stem {stem}"
+        name = f"{model.arch} with the stem {stem}" if facts.has_stems else model.arch
         refuse(
             "image_size" if spec.image_size else "model.stem",
             f"{name} shrinks {image_size} px to nothing; it needs at least {smallest} px",
         )
-    if architecture.family == "vgg" and spec.model.stem != "auto":
-        refuse("model.stem", "Only a ResNet has a stem to choose; leave it out")
+    if not facts.has_stems and model.stem != "auto":
+        refuse("model.stem", f"{model.arch} has no stem to choose; leave it out")
+    if facts.family != "resnet" and model.stochastic_depth:
+        refuse("model.stochastic_depth", "Only a ResNet has residual branches to drop")
+    if model.init_from == IMAGENET_WEIGHTS and not facts.has_imagenet_weights:
+        refuse("model.init_from", f"There are no weights of {model.arch} to start from")
+    elif model.init_from == IMAGENET_WEIGHTS and facts.has_stems and stem != "imagenet":
+        refuse("model.init_from", "These weights have ImageNet's stem: set model.stem to imagenet")
+    _check_frozen_parts(model, facts, refuse)
+
+
+def _check_frozen_parts(model: ModelSpec, facts: ArchitectureFacts, refuse: Refuse) -> None:
+    parts = ", ".join(facts.parts)
+    if unknown := [name for name in model.freeze if name not in facts.parts]:
+        refuse("model.freeze", f"{model.arch} has no part {unknown[0]}; its parts are: {parts}")
+    elif set(facts.parts) <= set(model.freeze):
+        refuse("model.freeze", "With every part frozen there is nothing to train")
+
+
+def _check_splits(spec: TrainSpec, dataset: DatasetFacts, refuse: Refuse) -> None:
     if dataset.num_classes < 2:
         refuse("dataset", "A classifier needs at least two classes")
     if "train" not in dataset.splits:
@@ -175,12 +368,36 @@ def resolve(spec: TrainSpec, dataset: DatasetFacts) -> TrainSpec:
         refuse("val_fraction", "The dataset has neither val nor test: hold out a share, e.g. 0.1")
     elif spec.val_fraction is not None and dataset.splits["train"] * spec.val_fraction < 1:
         refuse("val_fraction", "This share of train is less than one image")
-    if len(set(spec.augment)) != len(spec.augment):
-        refuse("augment", "Each augmentation can be named once")
+
+
+def _check_resources(spec: TrainSpec, cluster: ClusterFacts | None, refuse: Refuse) -> None:
+    device, num_processes = spec.resources.device, spec.resources.num_processes
+    max_gpus = cluster.max_gpus if cluster else None
+    if spec.precision in ("tf32", "fp16") and (device == "cpu" or max_gpus == 0):
+        where = "on the CPU" if device == "cpu" else "and no worker has one"
+        refuse("precision", f"{spec.precision} needs a GPU {where}; use auto, fp32 or bf16")
+    if device == "cuda" and max_gpus is not None and num_processes > max_gpus:
+        has = f"the worker with the most has {max_gpus}" if max_gpus else "no worker has a GPU"
+        refuse("resources.num_processes", f"Each process needs a GPU of its own, and {has}")
+    parts = num_processes * spec.accumulate_steps
+    if spec.batch_size % (parts * spec.part_unit) and (parts > 1 or spec.batch_size == 1):
+        key = "accumulate_steps" if spec.accumulate_steps > 1 else "resources.num_processes"
+        pairs = " of pairs, which mixing needs" if spec.part_unit > 1 else ""
+        refuse(
+            key if parts > 1 else "batch_size",
+            f"A batch of {spec.batch_size} cannot be cut into {parts} equal parts{pairs}",
+        )
+
+
+def _scheduler(spec: TrainSpec, refuse: Refuse) -> Any:
+    """The schedule with its milestones, and without a warm-up that nobody asked for and that the
+    run is too short for."""
     scheduler = spec.scheduler
-    if scheduler.warmup_epochs >= spec.epochs and "warmup_epochs" in scheduler.model_fields_set:
+    warmup_epochs = getattr(scheduler, "warmup_epochs", 0.0)
+    is_asked_for = spec.recipe is None and "warmup_epochs" in scheduler.model_fields_set
+    if warmup_epochs >= spec.epochs and is_asked_for:
         refuse("scheduler.warmup_epochs", "The warm-up must end before the last epoch")
-    elif scheduler.warmup_epochs >= spec.epochs:
+    elif warmup_epochs >= spec.epochs:
         scheduler = scheduler.model_copy(update={"warmup_epochs": 0.0})
     if isinstance(scheduler, Step):
         milestones = scheduler.milestones
@@ -189,9 +406,30 @@ def resolve(spec: TrainSpec, dataset: DatasetFacts) -> TrainSpec:
         elif list(milestones) != sorted(set(milestones)):
             refuse("scheduler.milestones", "Milestones are epochs in rising order")
         scheduler = scheduler.model_copy(update={"milestones": milestones})
-    if items:
-        raise SpecRefused(items)
-    return spec.model_copy(update={"image_size": image_size, "scheduler": scheduler})
+    return scheduler
+
+
+EXCLUSIVE = (("random_crop", "random_resized_crop"), ("rand_augment", "trivial_augment"))
+
+
+def _augment(spec: TrainSpec, image_size: int, refuse: Refuse) -> tuple[AugmentSpec, ...]:
+    """The augmentations with the sizes that depend on the image."""
+    names = [item.name for item in spec.augment]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        refuse("augment", f"{name} can be named once")
+    for one, other in EXCLUSIVE:
+        if one in names and other in names:
+            refuse("augment", f"Take either {one} or {other}")
+    resolved: list[AugmentSpec] = []
+    for place, item in enumerate(spec.augment):
+        if isinstance(item, Cutout):
+            if (item.size or 1) > image_size:
+                refuse(f"augment.{place}.size", f"Larger than the image, which has {image_size} px")
+            item = item.model_copy(update={"size": item.size or image_size // 2})
+        if isinstance(item, RandomCrop) and (item.padding or 1) > image_size:
+            refuse(f"augment.{place}.padding", f"Wider than the image, which has {image_size} px")
+        resolved.append(item)
+    return tuple(resolved)
 
 
 def resolve_evaluation(

@@ -8,20 +8,24 @@ checked by `skipline.catalog.resolve`. This file knows nothing of torch, SQL or 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
     Tag,
     TypeAdapter,
     ValidationError,
+    field_serializer,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
+
+from skipline.recipes import RECIPES, expand
 
 SPEC_VERSION: Literal[1] = 1
 
@@ -61,10 +65,17 @@ Reference = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Epochs = Annotated[int, Field(ge=1, le=10_000)]
+RecipeName = Annotated[str, _known(*RECIPES), Field(json_schema_extra={"enum": list(RECIPES)})]
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 VGGS = ("vgg11", "vgg13", "vgg16", "vgg19", "vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn")
-ARCHS = RESNETS + VGGS
+PUBLISHED = ("resnet50_64px", "vgg10_64px")
+"""Networks of published systems for TinyImageNet; `docs/recipes.md` describes them."""
+ARCHS = RESNETS + VGGS + PUBLISHED
+
+
+UNKNOWN_VARIANT = "unknown_variant:"
+"""Begins the type of an error whose rest is the key that chooses the variant."""
 
 
 def _choose_by(key: str, default: str, *names: str) -> Discriminator:
@@ -82,22 +93,47 @@ def _choose_by(key: str, default: str, *names: str) -> Discriminator:
 
     return Discriminator(
         tag,
-        custom_error_type="unknown_variant",
-        custom_error_message="Unknown {key}; choose one of: {names}",
-        custom_error_context={"key": key, "names": ", ".join(names)},
+        custom_error_type=f"{UNKNOWN_VARIANT}{key}",
+        custom_error_message=f"Unknown {key}; choose one of: {', '.join(names)}",
     )
 
 
+IMAGENET_WEIGHTS = "imagenet"
+"""The value of `model.init_from` that means torchvision's weights."""
+
+
 class ModelSpec(Spec):
-    """The network. `stem` of a ResNet: `small` is a 3x3 convolution with stride 1 and no pooling,
-    `imagenet` the 7x7 with stride 2 and a max pool; `auto` takes `small` up to 64 px."""
+    """The network.
+
+    `stem` of a ResNet: `small` is a 3x3 convolution with stride 1 and no pooling, `imagenet` the
+    7x7 with stride 2 and a max pool; `auto` takes `small` up to 64 px. `dropout` acts before the
+    head (in `vgg10_64px` after every stage, in torchvision's VGGs within the head);
+    `stochastic_depth` drops residual branches of a ResNet, image by image, with a rate that rises
+    linearly to this value at the last block (Huang et al., 2016).
+
+    `init`: `kaiming` draws convolutions from He's normal distribution (fan-out), linear layers from
+    normal(0, 0.01), and sets norms to one and biases to zero; `torch` leaves each layer as torch
+    makes it. `init_from` starts from an earlier model instead (a job or a checkpoint; a head for
+    another number of classes is made new), or with `imagenet` from torchvision's weights. Parts
+    named in `freeze` (`conv1`, `layer1`, `features`, ...) are not trained, their norms included.
+    """
 
     arch: Annotated[str, _known(*ARCHS)] = "resnet18"
     stem: Literal["auto", "small", "imagenet"] = "auto"
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    stochastic_depth: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    init: Literal["kaiming", "torch"] = "kaiming"
+    init_from: Reference | None = None
+    freeze: Annotated[tuple[Label, ...], Field(max_length=20)] = ()
 
 
-class SGD(Spec):
+class _Optimizer(Spec):
+    """`decay_norm_and_bias: false` spares biases and the scales of norms the weight decay."""
+
+    decay_norm_and_bias: bool = True
+
+
+class SGD(_Optimizer):
     """Stochastic gradient descent with momentum; weight decay as an L2 term."""
 
     name: Literal["sgd"] = "sgd"
@@ -113,7 +149,7 @@ class SGD(Spec):
         return self
 
 
-class _AdamParameters(Spec):
+class _AdamParameters(_Optimizer):
     lr: Annotated[float, Field(gt=0, le=1000)] = 1e-3
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
@@ -180,12 +216,25 @@ class Plateau(_Schedule):
     min_lr: Annotated[float, Field(ge=0)] = 0.0
 
 
+class OneCycle(Spec):
+    """From lr / `div_factor` up to lr over the first `pct_start` of all steps, then down to
+    lr / `div_factor` / `final_div_factor` (Smith & Topin, 2018), as torch's OneCycleLR without its
+    change of momentum."""
+
+    name: Literal["one_cycle"] = "one_cycle"
+    pct_start: Fraction = 0.3
+    div_factor: Annotated[float, Field(ge=1, le=1e6)] = 25.0
+    final_div_factor: Annotated[float, Field(ge=1, le=1e9)] = 1e4
+    anneal: Literal["cos", "linear"] = "cos"
+
+
 SchedulerSpec = Annotated[
     Annotated[Constant, Tag("<constant>")]
     | Annotated[Cosine, Tag("<cosine>")]
     | Annotated[Step, Tag("<step>")]
-    | Annotated[Plateau, Tag("<plateau>")],
-    _choose_by("name", "cosine", "cosine", "step", "plateau", "constant"),
+    | Annotated[Plateau, Tag("<plateau>")]
+    | Annotated[OneCycle, Tag("<one_cycle>")],
+    _choose_by("name", "cosine", "cosine", "step", "plateau", "constant", "one_cycle"),
 ]
 
 
@@ -225,43 +274,214 @@ class CheckpointSpec(Spec):
         return self
 
 
+class EarlyStoppingSpec(Spec):
+    """Ends training when the checkpoint's `monitor` has not improved by more than `min_delta` for
+    `patience` epochs."""
+
+    patience: Annotated[int, Field(ge=1, le=10_000)] = 10
+    min_delta: Annotated[float, Field(ge=0, le=1000)] = 0.0
+
+
 class ResourcesSpec(Spec):
-    """Where the job runs; `auto` takes a CUDA GPU if the worker has one, else the CPU."""
+    """Where the job runs; `auto` takes a CUDA GPU if the worker has one, else the CPU.
+
+    `num_processes` share each batch: one GPU each, or on the CPU its cores.
+    """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    num_processes: Annotated[int, Field(ge=1, le=64)] = 1
 
 
-AugmentName = Literal["random_crop", "horizontal_flip"]
+class RandomCrop(Spec):
+    """Pads with black by `padding` pixels (by default an eighth of the side) and cuts a square of
+    the old size anywhere."""
+
+    name: Literal["random_crop"] = "random_crop"
+    padding: Annotated[int, Field(ge=1, le=512)] | None = None
+
+
+class RandomResizedCrop(Spec):
+    """Cuts out `min_scale` to 1 of the area, with sides in a ratio of 3:4 to 4:3, and resizes it
+    (Szegedy et al., 2015)."""
+
+    name: Literal["random_resized_crop"] = "random_resized_crop"
+    min_scale: Annotated[float, Field(ge=0.01, le=1)] = 0.35
+
+
+class HorizontalFlip(Spec):
+    """Mirrors every other image."""
+
+    name: Literal["horizontal_flip"] = "horizontal_flip"
+
+
+class Cutout(Spec):
+    """Blanks a square of `size` pixels whose centre lies anywhere in the image (DeVries & Taylor,
+    2017); by default half the side."""
+
+    name: Literal["cutout"] = "cutout"
+    size: Annotated[int, Field(ge=1, le=1024)] | None = None
+
+
+class Mixup(Spec):
+    """Mixes each image and its label with another's, in shares from Beta(`alpha`, `alpha`)
+    (Zhang et al., 2018)."""
+
+    name: Literal["mixup"] = "mixup"
+    alpha: Annotated[float, Field(gt=0, le=10)] = 0.2
+
+
+class CutMix(Spec):
+    """Pastes a rectangle of another image, and mixes the labels by area (Yun et al., 2019). Beside
+    `mixup`, each image gets one of the two."""
+
+    name: Literal["cutmix"] = "cutmix"
+    alpha: Annotated[float, Field(gt=0, le=10)] = 1.0
+
+
+class RandAugment(Spec):
+    """`num_ops` random operations of strength `magnitude` out of 30 (Cubuk et al., 2020)."""
+
+    name: Literal["rand_augment"] = "rand_augment"
+    num_ops: Annotated[int, Field(ge=1, le=4)] = 2
+    magnitude: Annotated[int, Field(ge=0, le=30)] = 9
+
+
+class TrivialAugment(Spec):
+    """One random operation of random strength (Müller & Hutter, 2021; the wide ranges)."""
+
+    name: Literal["trivial_augment"] = "trivial_augment"
+
+
+AugmentName = Literal[
+    "random_crop",
+    "random_resized_crop",
+    "horizontal_flip",
+    "cutout",
+    "mixup",
+    "cutmix",
+    "rand_augment",
+    "trivial_augment",
+]
+
+
+def _augmentation_by_name(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+_AugmentObject = Annotated[
+    Annotated[RandomCrop, Tag("<random_crop>")]
+    | Annotated[RandomResizedCrop, Tag("<random_resized_crop>")]
+    | Annotated[HorizontalFlip, Tag("<horizontal_flip>")]
+    | Annotated[Cutout, Tag("<cutout>")]
+    | Annotated[Mixup, Tag("<mixup>")]
+    | Annotated[CutMix, Tag("<cutmix>")]
+    | Annotated[RandAugment, Tag("<rand_augment>")]
+    | Annotated[TrivialAugment, Tag("<trivial_augment>")],
+    _choose_by("name", "", *get_args(AugmentName)),
+]
+AugmentSpec = Annotated[
+    _AugmentObject,
+    BeforeValidator(_augmentation_by_name, json_schema_input_type=AugmentName | _AugmentObject),
+]
+"""An augmentation as an object, or by its name alone."""
+
+Channels = tuple[float, float, float]
+
+
+class ChannelsSpec(Spec):
+    """Mean and standard deviation of red, green and blue, for values scaled to [0, 1]."""
+
+    mean: Channels
+    std: tuple[Positive, Positive, Positive]
+
+
+NormalizeSpec = Annotated[
+    Annotated[Literal["dataset", "image_std", "imagenet"], Tag("<name>")]
+    | Annotated[ChannelsSpec, Tag("<channels>")],
+    Discriminator(
+        lambda value: "<channels>" if isinstance(value, Mapping | ChannelsSpec) else "<name>"
+    ),
+]
+
+
+Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
+DataPath = Literal["auto", "resident", "mapped", "files"]
+
+
+def _require_dataset_or_recipe(schema: dict[str, Any]) -> None:
+    schema["required"] = [key for key in schema.get("required", []) if key != "dataset"]
+    schema["anyOf"] = [{"required": ["dataset"]}, {"required": ["recipe"]}]
 
 
 class TrainSpec(Spec):
-    """A training. Stored specs are resolved: no default is left to the reader's imagination."""
+    """A training: what to train, on what, and how. Stored specs are resolved: no default is left
+    to the reader's imagination.
+
+    - `recipe` names what filled the spec in; what is given beside it wins.
+    - `normalize`: `dataset` takes mean and standard deviation of the training split, `image_std`
+      the mean over its images of each one's standard deviation, `imagenet` ImageNet's.
+    - `batch_size`: images of one optimizer step, whatever `accumulate_steps` (passes in which a
+      step is made, to save memory) and `resources.num_processes` cut it into.
+    - `ema_decay`: validates and stores an exponential moving average of the weights.
+    - `time_budget_seconds`: of training, over all attempts; ends with what there is by then.
+    - `data_path`: `resident` keeps the packed images in the device's memory, `mapped` reads them
+      from the disk as they are needed, `files` decodes the original files each time.
+    - `sanity_check`: one batch of training and one of validation an epoch.
+    """
+
+    model_config = ConfigDict(json_schema_extra=_require_dataset_or_recipe)
 
     kind: Literal["train"] = "train"
     spec_version: Literal[1] = SPEC_VERSION
     name: Label | None = None
     tags: Annotated[tuple[Label, ...], Field(max_length=20)] = ()
+    recipe: RecipeName | None = None
     dataset: Reference
     model: ModelSpec = ModelSpec()
     image_size: Annotated[int, Field(ge=8, le=1024)] | None = None
-    augment: Annotated[tuple[AugmentName, ...], Field(max_length=10)] = (
-        "random_crop",
-        "horizontal_flip",
+    augment: Annotated[tuple[AugmentSpec, ...], Field(max_length=10)] = (
+        RandomCrop(),
+        HorizontalFlip(),
     )
-    normalize: Literal["dataset"] = "dataset"
+    normalize: NormalizeSpec = "dataset"
     epochs: Epochs = 20
     batch_size: Annotated[int, Field(ge=1, le=65_536)] = 256
     val_fraction: Annotated[float, Field(gt=0, le=0.9)] | None = None
     optimizer: OptimizerSpec = SGD()
     scheduler: SchedulerSpec = Cosine()
     loss: LossSpec = LossSpec()
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Precision = "auto"
     channels_last: bool = True
+    compile: Literal["auto", True, False] = "auto"
+    ema_decay: Fraction | None = None
+    accumulate_steps: Annotated[int, Field(ge=1, le=1024)] = 1
+    gradient_clip_norm: Positive | None = None
+    early_stopping: EarlyStoppingSpec | None = None
+    time_budget_seconds: Annotated[float, Field(gt=0, le=1e8)] | None = None
+    data_path: DataPath = "auto"
+    sanity_check: bool = False
     deterministic: bool = False
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     checkpoint: CheckpointSpec = CheckpointSpec()
     log_every_steps: Annotated[int, Field(ge=1, le=1_000_000)] = 50
     resources: ResourcesSpec = ResourcesSpec()
+
+    @property
+    def part_unit(self) -> int:
+        """What the number of images in each part of a batch is a multiple of: images are mixed in
+        pairs, which stay together."""
+        return 2 if any(isinstance(item, Mixup | CutMix) for item in self.augment) else 1
+
+    @field_serializer("augment")
+    def _names_alone_stay_names(self, augment: tuple[Any, ...]) -> list[Any]:
+        """What has nothing to set, or only what depends on the image, is written as its name."""
+        documents = [item.model_dump(mode="json") for item in augment]
+        return [
+            {key: value for key, value in document.items() if value is not None}
+            if any(value is not None for key, value in document.items() if key != "name")
+            else document["name"]
+            for document in documents
+        ]
 
 
 class EvaluateSpec(Spec):
@@ -321,8 +541,9 @@ _spec_adapter: TypeAdapter[AnySpec] = TypeAdapter(JobSpec)
 
 
 def parse_request(document: Any) -> TrainSpec | EvaluateSpec:
-    """Checks what a client sent to `POST /jobs`. Raises pydantic's `ValidationError`."""
-    return _request_adapter.validate_python(document)
+    """Fills in what the recipe says, if one is named, and checks what a client sent to
+    `POST /jobs`. Raises pydantic's `ValidationError`."""
+    return _request_adapter.validate_python(expand(document))
 
 
 def load_spec(document: Any) -> AnySpec:
@@ -349,8 +570,8 @@ def error_items(errors: Sequence[Any] | ValidationError) -> list[dict[str, str]]
         parts = [str(part) for part in error["loc"] if not str(part).startswith("<")]
         if not is_own and parts and parts[0] in ("body", "query", "path", "header"):
             parts = parts[1:]
-        if error["type"] == "unknown_variant":
-            parts.append(error["ctx"]["key"])
+        if error["type"].startswith(UNKNOWN_VARIANT):
+            parts.append(error["type"].removeprefix(UNKNOWN_VARIANT))
         message = "Unknown key" if error["type"] == "extra_forbidden" else error["msg"]
         items.append({"loc": ".".join(parts), "message": message})
     return items

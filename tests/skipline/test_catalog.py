@@ -9,6 +9,7 @@ import pytest
 from skipline.catalog import (
     ARCHITECTURES,
     BUILTIN_DATASETS,
+    ClusterFacts,
     DatasetFacts,
     SpecRefused,
     default_image_size,
@@ -17,7 +18,7 @@ from skipline.catalog import (
     resolve_stem,
     selection_split,
 )
-from skipline.specs import ARCHS, EvaluateSpec, Step, TrainSpec, parse_request
+from skipline.specs import ARCHS, EvaluateSpec, Step, TrainSpec, dump_spec, parse_request
 
 DIGITS = BUILTIN_DATASETS["digits"]
 
@@ -82,11 +83,65 @@ def test_a_run_too_short_for_the_default_warmup_has_none() -> None:
         ({"epochs": 3, "scheduler": {"warmup_epochs": 3}}, "scheduler.warmup_epochs"),
         ({"scheduler": {"name": "step", "milestones": [5, 5]}}, "scheduler.milestones"),
         ({"augment": ["random_crop", "random_crop"]}, "augment"),
+        ({"augment": ["random_crop", "random_resized_crop"]}, "augment"),
+        ({"augment": ["rand_augment", "trivial_augment"]}, "augment"),
+        ({"augment": ["horizontal_flip", {"name": "cutout", "size": 33}]}, "augment.1.size"),
+        ({"augment": [{"name": "random_crop", "padding": 33}]}, "augment.0.padding"),
         ({"val_fraction": 0.0001}, "val_fraction"),
+        ({"model": {"arch": "vgg10_64px", "stem": "small"}}, "model.stem"),
+        ({"model": {"arch": "vgg11", "stochastic_depth": 0.1}}, "model.stochastic_depth"),
+        ({"model": {"arch": "vgg10_64px", "init_from": "imagenet"}}, "model.init_from"),
+        ({"model": {"arch": "resnet18", "init_from": "imagenet"}}, "model.init_from"),
+        ({"model": {"freeze": ["layer5"]}}, "model.freeze"),
+        ({"model": {"arch": "vgg11", "freeze": ["features", "classifier"]}}, "model.freeze"),
+        ({"precision": "fp16", "resources": {"device": "cpu"}}, "precision"),
+        ({"precision": "tf32", "resources": {"device": "cpu"}}, "precision"),
+        ({"batch_size": 100, "accumulate_steps": 3}, "accumulate_steps"),
+        ({"batch_size": 9, "resources": {"num_processes": 2}}, "resources.num_processes"),
+        ({"batch_size": 6, "accumulate_steps": 2, "augment": ["mixup"]}, "accumulate_steps"),
+        ({"batch_size": 1, "augment": ["cutmix"]}, "batch_size"),
     ],
 )
 def test_what_cannot_work_is_refused_with_its_key(keys: dict[str, Any], loc: str) -> None:
     assert refused_keys(**keys) == [loc]
+
+
+def refused_in(cluster: ClusterFacts | None, **keys: Any) -> list[str]:
+    spec = parse_request({"dataset": "digits", **keys})
+    assert isinstance(spec, TrainSpec)
+    try:
+        resolve(spec, DIGITS, cluster)
+    except SpecRefused as refused:
+        return [item["loc"] for item in refused.items]
+    return []
+
+
+@pytest.mark.parametrize(
+    ("max_gpus", "num_processes", "refused"),
+    [
+        (0, 1, ["resources.num_processes"]),
+        (1, 1, []),
+        (1, 2, ["resources.num_processes"]),
+        (2, 2, []),
+    ],
+)
+def test_more_processes_than_any_worker_has_gpus_are_refused(
+    max_gpus: int, num_processes: int, refused: list[str]
+) -> None:
+    resources = {"device": "cuda", "num_processes": num_processes}
+    assert refused_in(ClusterFacts(max_gpus), resources=resources) == refused
+    assert refused_in(None, resources=resources) == []
+
+
+def test_a_gpus_precision_is_refused_where_no_worker_has_one() -> None:
+    assert refused_in(ClusterFacts(max_gpus=0), precision="fp16") == ["precision"]
+    assert refused_in(ClusterFacts(max_gpus=1), precision="fp16") == []
+    assert refused_in(None, precision="fp16") == []
+
+
+def test_sizes_that_depend_on_the_image_are_written_out() -> None:
+    augment = dump_spec(resolved(augment=["random_crop", "cutout"]))["augment"]
+    assert augment == ["random_crop", {"name": "cutout", "size": 16}]
 
 
 def test_a_dataset_that_cannot_be_trained_on_is_refused() -> None:

@@ -34,6 +34,7 @@ def test_the_defaults_are_those_of_the_contract() -> None:
         "momentum": 0.9,
         "nesterov": True,
         "weight_decay": 0.0005,
+        "decay_norm_and_bias": True,
     }
     assert spec["scheduler"] == {"name": "cosine", "warmup_epochs": 1, "min_lr": 0}
     assert spec["checkpoint"] == {
@@ -77,7 +78,7 @@ def test_a_variant_is_chosen_by_its_name() -> None:
         ({"dataset": "d", "model": {"arch": "resnet19"}}, ["model.arch"]),
         ({"dataset": "d", "name": "a\0b"}, ["name"]),
         ({"dataset": "d", "name": "x" * 300}, ["name"]),
-        ({"dataset": "d", "augment": ["magic"]}, ["augment.0"]),
+        ({"dataset": "d", "augment": ["magic"]}, ["augment.0.name"]),
         ({"kind": "evaluate", "dataset": "d"}, ["model"]),
         ({"kind": "evaluate", "dataset": "d", "model": "m", "split": "all"}, ["split"]),
     ],
