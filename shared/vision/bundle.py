@@ -21,10 +21,9 @@ import torch
 import torchvision
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
-from torch import nn
 
 from shared.errors import CheckpointCorrupt
-from shared.vision.architectures import build_model
+from shared.vision.architectures import Network, build_model
 from shared.vision.preprocessing import Preprocessing
 from skipline.specs import TrainSpec
 
@@ -102,7 +101,7 @@ def read_bundle(folder: Path) -> tuple[Bundle, dict[str, torch.Tensor]]:
         raise CheckpointCorrupt("The checkpoint does not read as one") from error
 
 
-def restore_model(bundle: Bundle, weights: Weights, device: torch.device) -> nn.Module:
+def restore_model(bundle: Bundle, weights: Weights, device: torch.device) -> Network:
     """The bundle's network with its weights, on `device`, in eval mode.
 
     Raises:
