@@ -1,7 +1,8 @@
-"""Archives of class folders: zip, and tar plain or compressed with gzip, bzip2 or xz.
+"""Archives of images: zip, and tar plain or compressed with gzip, bzip2 or xz.
 
-An archive is read twice: first its list of members, which is checked whole, then the members, one
-by one and in memory. Nothing is ever extracted, so no name in an archive reaches the file system.
+An archive is read twice: first its list of members, which is checked whole, and with it the few
+small members that say what others show; then the images, one by one and in memory. Nothing is ever
+extracted, so no name in an archive reaches the file system.
 """
 
 from __future__ import annotations
@@ -15,9 +16,8 @@ import tarfile
 import unicodedata
 import zipfile
 import zlib
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from stat import S_IFDIR, S_IFMT, S_IFREG
@@ -25,16 +25,18 @@ from typing import IO, cast
 
 from shared.errors import TrainingError
 from shared.settings import Settings
+from worker.datasets.formats import find_layout
 from worker.datasets.layout import (
     MAX_FILE_BYTES,
     Layout,
+    Listing,
     Parts,
+    Read,
     Source,
     SourceImage,
-    check_class_names,
-    find_layout,
     is_junk,
     printable,
+    source_of,
 )
 
 MAX_RATIO = 200
@@ -80,26 +82,30 @@ class _Member:
     num_bytes: int
 
 
-def open_archive(path: Path, settings: Settings) -> Source:
-    """The class folders in an archive, in the archive's order.
+def open_archive(
+    path: Path, settings: Settings, find: Callable[[Listing], Layout] = find_layout
+) -> Source:
+    """The images in an archive, in the archive's order. `find` tells its layout.
 
     Raises:
         TrainingError: `unsafe_archive` for members that are not plain files and folders below the
             archive's own root, each once; `bad_archive` for what is damaged, encrypted or no
-            archive; `archive_too_large`; `bad_class_name`.
+            archive; `archive_too_large`; `bad_class_name`; what `find` raises.
     """
     archive = _open(path, settings)
-    layout, num_files, num_bytes, folders = _survey(archive.members(), settings)
+    listing, large_files = _survey(archive.members(), settings)
+    layout = find(listing)
+    for file in large_files:
+        if layout.wants(file) and not layout.has_large_files:
+            shown = printable("/".join(file))
+            raise _too_large(f"the file {shown} of more than {MAX_FILE_BYTES // 2**20} MiB")
 
     def read() -> Iterator[SourceImage]:
-        for member, data in archive.read(layout):
-            place = layout.place(member.parts[:-1])
-            assert place is not None
-            yield SourceImage(*place, printable("/".join(member.parts)), data)
+        for member, contents in archive.members():
+            if _is_file(member) and layout.wants(member.parts):
+                yield from layout.images(member.parts, contents)
 
-    places = frozenset(place for folder in folders if (place := layout.place(folder)))
-    check_class_names(sorted({label for _, label in places}))
-    return Source(num_files, num_bytes, places, read)
+    return source_of(layout.survey(listing), read)
 
 
 def _open(path: Path, settings: Settings) -> _Zip | _Tar:
@@ -115,32 +121,22 @@ def _open(path: Path, settings: Settings) -> _Zip | _Tar:
 
 
 def _survey(
-    members: Iterable[_Member], settings: Settings
-) -> tuple[Layout, int, int, frozenset[Parts]]:
-    """Checks the whole list; returns the layout, files and bytes in classes, and all folders."""
+    members: Iterable[tuple[_Member, Read]], settings: Settings
+) -> tuple[Listing, list[Parts]]:
+    """Checks the whole list; also returns the files that are too large for one image."""
     names = _Names()
-    num_files: Counter[Parts] = Counter()
-    num_bytes: Counter[Parts] = Counter()
-    oversized: dict[Parts, str] = {}
-    for number, member in enumerate(members, start=1):
+    listing = Listing()
+    large_files: list[Parts] = []
+    for number, (member, contents) in enumerate(members, start=1):
         if number > settings.max_dataset_images:
             raise _too_large(f"more than {settings.max_dataset_images} entries")
         names.add(member)
-        if not member.is_folder and not _is_junk(member.parts):
-            folder = member.parts[:-1]
-            num_files[folder] += 1
-            num_bytes[folder] += member.num_bytes
+        if _is_file(member):
+            listing.add_file(member.parts, member.num_bytes, contents)
             if member.num_bytes > MAX_FILE_BYTES:
-                oversized[folder] = member.parts[-1]
-    folders = frozenset(folder for folder in names.folders if not _is_junk(folder))
-    layout = find_layout(folders)
-    inside = [folder for folder in num_files if layout.place(folder)]
-    for folder in inside:
-        if folder in oversized:
-            shown = printable("/".join((*folder, oversized[folder])))
-            raise _too_large(f"the file {shown} of more than {MAX_FILE_BYTES // 2**20} MiB")
-    total_files = sum(num_files[folder] for folder in inside)
-    return layout, total_files, sum(num_bytes[folder] for folder in inside), folders
+                large_files.append(member.parts)
+    listing.folders.update(folder for folder in names.folders if not _is_junk(folder))
+    return listing, large_files
 
 
 class _Names:
@@ -177,7 +173,7 @@ class _Zip:
         self.limit = limit
         self.max_entries = max_entries
 
-    def members(self) -> Iterator[_Member]:
+    def members(self) -> Iterator[tuple[_Member, Read]]:
         with _damage_is_reported(), self._open() as archive:
             total = 0
             for info in archive.infolist():
@@ -191,19 +187,9 @@ class _Zip:
                 if info.flag_bits & 1:
                     raise _bad("It is encrypted")
                 if parts:
-                    yield _Member(parts, info.is_dir(), info.file_size)
-
-    def read(self, layout: Layout) -> Iterator[tuple[_Member, bytes]]:
-        with _damage_is_reported(), self._open() as archive:
-            for info in archive.infolist():
-                member = _Member(_check_path(info.orig_filename), info.is_dir(), info.file_size)
-                if not _is_wanted(member, layout):
-                    continue
-                with archive.open(info) as file:
-                    data = file.read(member.num_bytes + 1)  # to the end, where the CRC is checked
-                if len(data) != member.num_bytes:
-                    raise _bad("A member has another size than it claims")
-                yield member, data
+                    with ExitStack() as opened:
+                        member = _Member(parts, info.is_dir(), info.file_size)
+                        yield member, _read_zip(archive, info, opened)
 
     def _open(self) -> zipfile.ZipFile:
         """Opens it after a look at how many entries are listed: `ZipFile` reads them all."""
@@ -221,6 +207,23 @@ class _Zip:
         return zipfile.ZipFile(self.path)
 
 
+def _read_zip(archive: zipfile.ZipFile, info: zipfile.ZipInfo, opened: ExitStack) -> Read:
+    """Reads a member, which is opened when it is first asked for; at its end the CRC is checked."""
+    file: IO[bytes] | None = None
+
+    def read(size: int) -> bytes:
+        nonlocal file
+        with _damage_is_reported():
+            if file is None:
+                file = opened.enter_context(archive.open(info))
+            data = file.read(size if size >= 0 else info.file_size + 1)  # bounded, if it lies
+        if len(data) != (size if size >= 0 else info.file_size):
+            raise _bad("A member has another size than it claims")
+        return data
+
+    return read
+
+
 class _Tar:
     """A tar file. `limit`: bytes that may come out of it, whatever they are."""
 
@@ -229,20 +232,16 @@ class _Tar:
         self.compression = compression
         self.limit = limit
 
-    def members(self) -> Iterator[_Member]:
-        for info, _ in self._entries():
+    def members(self) -> Iterator[tuple[_Member, Read]]:
+        for info, stream in self._entries():
             parts = _check_path(info.name)
             is_plain = info.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and info.sparse is None
             if not (is_plain or info.isdir()):
                 raise _unsafe(parts, "is neither a plain file nor a folder")
+            if info.size < 0:  # which a header can say, and which reads as: everything
+                raise _bad("A member has a negative size")
             if parts:
-                yield _Member(parts, info.isdir(), info.size)
-
-    def read(self, layout: Layout) -> Iterator[tuple[_Member, bytes]]:
-        for info, stream in self._entries():
-            member = _Member(_check_path(info.name), info.isdir(), info.size)
-            if _is_wanted(member, layout):
-                yield member, stream.read_data(info.offset_data, info.size)
+                yield _Member(parts, info.isdir(), info.size), _read_tar(stream, info)
 
     def _entries(self) -> Iterator[tuple[tarfile.TarInfo, _TarStream]]:
         with _damage_is_reported(), closing(self._decompress()) as file:
@@ -266,6 +265,23 @@ class _Tar:
         if self.compression == "xz":
             return lzma.open(self.path)
         return self.path.open("rb")
+
+
+def _read_tar(stream: _TarStream, info: tarfile.TarInfo) -> Read:
+    """Reads a member, until the next one is looked at."""
+    position, end = info.offset_data, info.offset_data + info.size
+
+    def read(size: int) -> bytes:
+        nonlocal position
+        length = size if size >= 0 else end - position
+        if length > end - position:
+            raise _bad("A member is shorter than it should be")
+        with _damage_is_reported():
+            data = stream.read_data(position, length)
+        position += length
+        return data
+
+    return read
 
 
 class _TarStream:
@@ -303,9 +319,8 @@ class _TarStream:
         return data
 
 
-def _is_wanted(member: _Member, layout: Layout) -> bool:
-    is_image = not member.is_folder and not _is_junk(member.parts)
-    return is_image and layout.place(member.parts[:-1]) is not None
+def _is_file(member: _Member) -> bool:
+    return not member.is_folder and not _is_junk(member.parts)
 
 
 def _is_junk(parts: Parts) -> bool:

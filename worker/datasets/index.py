@@ -3,8 +3,10 @@ which says where each one lies and what it shows. Knows nothing of image formats
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,10 +81,33 @@ def read_index(folder: Path) -> Index:
         raise dataset_damaged() from None
 
 
+def content_hash(images: Iterable[tuple[str, str, bytes]]) -> str:
+    """A dataset's hash, from the split, the class and the SHA-256 digest of the file of each image.
+
+    SHA-256, in hexadecimal, over a line of UTF-8 for each image, the lines sorted: split, tab,
+    class, tab, the digest in hexadecimal, newline. Splits are those after holding out. Paths,
+    names and the order of reading do not enter.
+    """
+    total = hashlib.sha256()
+    for line in sorted(f"{split}\t{label}\t{digest.hex()}\n" for split, label, digest in images):
+        total.update(line.encode())
+    return total.hexdigest()
+
+
 def dataset_damaged() -> TrainingError:
     """What to raise where a stored dataset is not as it was written."""
     return TrainingError(
         "dataset_damaged",
         "The stored dataset is damaged or missing",
         "Delete the dataset and bring it in again; the same images give the same dataset",
+    )
+
+
+def dataset_changed() -> TrainingError:
+    """What to raise where the stored files are images, and not those that the hash is of."""
+    return TrainingError(
+        "dataset_changed",
+        "The stored files are not those that the dataset was made of: its hash is another now",
+        "Delete the dataset and bring it in again; what is trained on the files as they are now "
+        "could not be told from what was trained before",
     )

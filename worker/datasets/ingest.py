@@ -7,6 +7,7 @@ folder of its own, puts it into place when `ingest` returns and deletes it when 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from array import array
 from collections import Counter
@@ -25,15 +26,21 @@ from shared.vision.preprocessing import decode_image
 from skipline.catalog import Split, default_image_size
 from skipline.schemas import Problem, SplitInfo
 from worker.datasets.disk import check_free_disk, full_disk_is_reported
-from worker.datasets.index import IMAGES_FILE, Index, SplitIndex, write_index
-from worker.datasets.layout import LAYOUT_HINT, SPLITS, Source, SourceImage
+from worker.datasets.index import IMAGES_FILE, Index, SplitIndex, content_hash, write_index
+from worker.datasets.layout import (
+    LAYOUT_HINT,
+    NUM_EXAMPLES,
+    SPLITS,
+    Source,
+    SourceImage,
+    warning,
+)
 from worker.datasets.locks import Interrupted, never
 from worker.datasets.parallel import batched, decode_threads, map_ordered
 from worker.datasets.splits import split_train
 
 BATCH_BYTES = 8 * 2**20
 ID_DIGITS = 26
-NUM_EXAMPLES = 10
 LEVELS = np.arange(256, dtype=np.int64)
 POWERS = np.stack([LEVELS, LEVELS**2], axis=1)
 
@@ -51,6 +58,7 @@ class DatasetRecord:
     image_size: int
     channel_mean: list[float]
     channel_std: list[float]
+    channel_image_std: list[float]
     problems: list[Problem]
 
 
@@ -94,29 +102,32 @@ def ingest(
             f"There are {len(classes)} classes; {settings.max_dataset_classes} are allowed",
             "Merge classes, or raise SKIPLINE_MAX_DATASET_CLASSES",
         )
-    content_hash = _content_hash(images, rows)
+    total_hash = content_hash(
+        (split, images.labels[i], images.digests[i]) for split, own in rows.items() for i in own
+    )
     label_of = {label: place for place, label in enumerate(classes)}
     splits = {str(split): images.select(indices, label_of) for split, indices in rows.items()}
     with full_disk_is_reported():
-        write_index(Index(content_hash, classes, splits), folder)
+        write_index(Index(total_hash, classes, splits), folder)
     mean, std = images.channel_mean_std(rows["train"])
     return DatasetRecord(
-        id=dataset_id(content_hash),
+        id=dataset_id(total_hash),
         name=name,
-        hash=content_hash,
+        hash=total_hash,
         num_classes=len(classes),
         classes=classes,
         splits={split: _count(columns, len(classes)) for split, columns in splits.items()},
         image_size=default_image_size(images.median_side(rows["train"])),
         channel_mean=mean,
         channel_std=std,
+        channel_image_std=images.channel_image_std(rows["train"]),
         problems=[*source.problems, *_problems(source, images, rows, unreadable)],
     )
 
 
-def dataset_id(content_hash: str) -> str:
+def dataset_id(total_hash: str) -> str:
     """`ds_` and the first 26 hexadecimal digits (104 bits) of the content hash."""
-    return f"ds_{content_hash[:ID_DIGITS]}"
+    return f"ds_{total_hash[:ID_DIGITS]}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +189,15 @@ class _Images:
             for total, squares in channels
         ]
         return mean, [value**0.5 for value in variance]
+
+    def channel_image_std(self, indices: list[int]) -> list[float]:
+        """The mean over these images of each one's own standard deviation (over its pixels, as
+        they are stored), scaled to [0, 1]."""
+        rows = np.frombuffer(self.sums, dtype=np.int64).reshape(-1, 7)[indices]
+        num_pixels = rows[:, :1]
+        means, squares = rows[:, 1::2] / num_pixels, rows[:, 2::2] / num_pixels
+        deviations = np.sqrt(np.maximum(squares - means**2, 0)) / 255
+        return [math.fsum(column) / len(indices) for column in deviations.T.tolist()]
 
 
 def _check_source(source: Source, val_fraction: float | None, settings: Settings) -> None:
@@ -309,23 +329,6 @@ def _check_classes(images: _Images, classes: list[str], rows: dict[Split, list[i
         )
 
 
-def _content_hash(images: _Images, rows: dict[Split, list[int]]) -> str:
-    """SHA-256, in hexadecimal, over a line of UTF-8 for each image, the lines sorted:
-    split, tab, class, tab, SHA-256 of the file's bytes in hexadecimal, newline.
-
-    Splits are those after holding out. Paths, names and the order of reading do not enter.
-    """
-    lines = sorted(
-        f"{split}\t{images.labels[i]}\t{images.digests[i].hex()}\n"
-        for split, indices in rows.items()
-        for i in indices
-    )
-    total = hashlib.sha256()
-    for line in lines:
-        total.update(line.encode())
-    return total.hexdigest()
-
-
 def _count(columns: SplitIndex, num_classes: int) -> SplitInfo:
     per_class = np.bincount(columns.labels, minlength=num_classes).tolist()
     return SplitInfo(num_images=len(columns), per_class=per_class)
@@ -368,14 +371,7 @@ def _problems(
         ),
     ]
     for code, message, paths in found:
-        if examples := sorted(paths):
-            yield Problem(
-                code=code,
-                level="warning",
-                message=message,
-                count=len(examples),
-                examples=examples[:NUM_EXAMPLES],
-            )
+        yield from warning(code, message, paths)
 
 
 def _found(images: _Images) -> set[tuple[Split, str]]:

@@ -1,12 +1,15 @@
 """What a source of images is, and how paths become splits and classes.
 
-Knows the layouts of class folders; knows nothing of disks, archives or image formats.
+Knows the layouts of class folders; knows nothing of disks, archives or image formats. Layouts of
+published datasets have files of their own beside this one.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 from shared.errors import TrainingError
 from skipline.catalog import Split
@@ -28,6 +31,25 @@ MAX_FILE_BYTES = 64 * 2**20
 LAYOUT_HINT = (
     "Lay the images out as <class>/<image>, or as train/<class>/<image> with val or test beside it"
 )
+NUM_EXAMPLES = 10
+
+NOTES = frozenset(
+    {
+        *("val_annotations.txt", "wnids.txt", "words.txt"),
+        *("train_y.bin", "test_y.bin", "class_names.txt", "fold_indices.txt"),
+    }
+)
+"""Small files that say what others show; they are read while a tree is listed."""
+MAX_NOTE_BYTES = 8 * 2**20
+"""The largest real one, TinyImageNet's words.txt, has less than 3 MiB."""
+MAX_NOTES = 16
+STREAMS = frozenset({"train_X.bin", "test_X.bin"})
+"""Large files with one image behind the other."""
+ANNOTATED_FOLDER = ("val", "images")
+"""The end of the path of a folder whose files are listed singly: a note says what each shows."""
+
+Read = Callable[[int], bytes]
+"""Reads on in a file: exactly so many bytes; for -1 all of it."""
 
 Parts = tuple[str, ...]
 """A relative path, cut at its slashes."""
@@ -61,12 +83,76 @@ class Source:
         return self.read()
 
 
+class Listing:
+    """What a tree holds, junk left out, as far as a layout can be told from it.
+
+    Files are counted by folder, so that millions of them take little memory. `sizes`: bytes of
+    those files that are looked at singly; `notes`: the contents of the small ones among them.
+    """
+
+    def __init__(self) -> None:
+        self.folders: set[Parts] = set()
+        self.num_files: Counter[Parts] = Counter()
+        self.num_bytes: Counter[Parts] = Counter()
+        self.sizes: dict[Parts, int] = {}
+        self.notes: dict[Parts, bytes] = {}
+
+    def add_file(self, file: Parts, num_bytes: int, read: Read) -> None:
+        """Takes a file in; `read` is used if it is a note."""
+        folder, name = file[:-1], file[-1]
+        self.num_files[folder] += 1
+        self.num_bytes[folder] += num_bytes
+        if name in STREAMS or folder[-2:] == ANNOTATED_FOLDER:
+            self.sizes[file] = num_bytes
+        if name in NOTES and num_bytes <= MAX_NOTE_BYTES and len(self.notes) < MAX_NOTES:
+            self.notes[file] = read(-1)
+
+
 @dataclass(frozen=True)
-class Layout:
+class Survey:
+    """What a layout finds in a tree: the images and bytes that will come, the class folders, be
+    they empty, and what is odd."""
+
+    num_images: int
+    num_bytes: int
+    class_folders: frozenset[tuple[Split, str]]
+    problems: tuple[Problem, ...] = ()
+
+
+def source_of(survey: Survey, read: Callable[[], Iterator[SourceImage]]) -> Source:
+    """The source that the survey announces.
+
+    Raises:
+        TrainingError: `bad_class_name`.
+    """
+    check_class_names(sorted({label for _, label in survey.class_folders}))
+    return Source(survey.num_images, survey.num_bytes, survey.class_folders, read, survey.problems)
+
+
+class Layout(Protocol):
+    """How the files of a tree become images."""
+
+    @property
+    def has_large_files(self) -> bool:
+        """True when its files are not single images, and may be larger than one."""
+
+    def survey(self, listing: Listing) -> Survey:
+        """Counts what will come."""
+
+    def wants(self, file: Parts) -> bool:
+        """True of files with images."""
+
+    def images(self, file: Parts, read: Read) -> Iterator[SourceImage]:
+        """The images in a file that it wants."""
+
+
+@dataclass(frozen=True)
+class ClassFolders:
     """Where in a tree the classes are: below `wrapper`, and there below splits or not."""
 
     wrapper: Parts
     has_splits: bool
+    has_large_files = False
 
     def place(self, folder: Parts) -> tuple[Split, str] | None:
         """The split and class of what lies in `folder`, or None where no class is.
@@ -82,8 +168,24 @@ class Layout:
         split = SPLIT_FOLDERS.get(inner[0]) if len(inner) > 1 else None
         return (split, inner[1]) if split else None
 
+    def survey(self, listing: Listing) -> Survey:
+        inside = [folder for folder in listing.num_files if self.place(folder)]
+        return Survey(
+            sum(listing.num_files[folder] for folder in inside),
+            sum(listing.num_bytes[folder] for folder in inside),
+            frozenset(place for folder in listing.folders if (place := self.place(folder))),
+        )
 
-def find_layout(folders: Iterable[Parts]) -> Layout:
+    def wants(self, file: Parts) -> bool:
+        return self.place(file[:-1]) is not None
+
+    def images(self, file: Parts, read: Read) -> Iterator[SourceImage]:
+        place = self.place(file[:-1])
+        assert place is not None
+        yield SourceImage(*place, printable("/".join(file)), read(-1))
+
+
+def find_class_folders(folders: Iterable[Parts]) -> ClassFolders:
     """The layout of a tree with these folders, every one of them named, junk left out.
 
     Splits are taken as such when the folders at the top are nothing else, or when `train` has a
@@ -99,10 +201,10 @@ def find_layout(folders: Iterable[Parts]) -> Layout:
         tops = children.get(wrapper, set())
         splits = tops & SPLIT_FOLDERS.keys()
         if splits and (splits == tops or ("train" in splits and len(splits) > 1)):
-            return Layout(wrapper, has_splits=True)
+            return ClassFolders(wrapper, has_splits=True)
         only = (*wrapper, *tops) if len(tops) == 1 else None
         if only is None or only not in children:
-            return Layout(wrapper, has_splits=False)
+            return ClassFolders(wrapper, has_splits=False)
         wrapper = only
 
 
@@ -130,3 +232,19 @@ def check_class_names(classes: Iterable[str]) -> None:
 def printable(path: str) -> str:
     """The path as valid Unicode: what of a file name was not UTF-8 shows as `?`."""
     return path.encode("utf-8", "replace").decode()
+
+
+def warning(code: str, message: str, paths: Iterable[str]) -> tuple[Problem, ...]:
+    """A problem that keeps nobody from training, or none if there are no paths."""
+    examples = sorted(paths)
+    if not examples:
+        return ()
+    return (
+        Problem(
+            code=code,
+            level="warning",
+            message=message,
+            count=len(examples),
+            examples=examples[:NUM_EXAMPLES],
+        ),
+    )

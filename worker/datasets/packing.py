@@ -7,6 +7,7 @@ Knows the stored form and the shared preprocessing; nothing of jobs, databases o
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -25,6 +26,8 @@ from worker.datasets.index import (
     IMAGES_FILE,
     Index,
     SplitIndex,
+    content_hash,
+    dataset_changed,
     dataset_damaged,
     read_index,
 )
@@ -75,10 +78,11 @@ def pack(
     """The dataset packed for `image_size` pixels; made if it is not in the cache, or damaged there.
 
     One process makes it while others that want it wait; what a killed one left is cleared away.
-    It appears in the cache whole or not at all. `num_threads`: 0 takes as many as cores.
+    It appears in the cache whole or not at all, and only if the stored files are those that
+    `dataset_hash` is of. `num_threads`: 0 takes as many as cores.
 
     Raises:
-        TrainingError: `dataset_damaged`, `disk_full`.
+        TrainingError: `dataset_damaged`, `dataset_changed`, `disk_full`.
         Interrupted: `should_stop()` became true, while packing or while waiting.
     """
     parent = cache_root / dataset_hash
@@ -97,7 +101,7 @@ def pack(
         check_free_disk(parent, num_images * (image_size**2 * 3 + LABEL_BYTES))
         mean_bytes = (dataset_folder / IMAGES_FILE).stat().st_size / num_images
         threads = decode_threads(mean_bytes, num_threads)
-        packer = _Packer(dataset_folder, building, image_size, max_pixels, threads)
+        packer = _Packer(dataset_folder, building, image_size, dataset_hash, max_pixels, threads)
         try:
             building.mkdir()
             done = 0
@@ -138,13 +142,24 @@ class _Packer:
     dataset_folder: Path
     folder: Path
     image_size: int
+    dataset_hash: str
     max_pixels: int
     num_threads: int
 
     def write_all(self, index: Index) -> Iterator[int]:
-        """Yields how many images each batch had, once it is written; at the end all is on disk."""
+        """Yields how many images each batch had, once it is written; at the end all is on disk.
+
+        Raises:
+            TrainingError: `dataset_damaged`, `dataset_changed`.
+        """
+        seen: list[tuple[str, str, bytes]] = []
         for name, split in index.splits.items():
-            yield from self._write_split(name, split)
+            labels = (index.classes[label] for label in split.labels)
+            for digests in self._write_split(name, split):
+                seen += [(name, next(labels), digest) for digest in digests]
+                yield len(digests)
+        if content_hash(seen) != self.dataset_hash:
+            raise dataset_changed()
         facts = {
             "format_version": FORMAT_VERSION,
             "image_size": self.image_size,
@@ -155,7 +170,8 @@ class _Packer:
         for file in (*self.folder.iterdir(), self.folder):
             _sync(file)
 
-    def _write_split(self, name: str, split: SplitIndex) -> Iterator[int]:
+    def _write_split(self, name: str, split: SplitIndex) -> Iterator[list[bytes]]:
+        """Yields the SHA-256 digests of each batch's files."""
         np.array(split.labels, dtype=np.int64).tofile(self.folder / f"{name}.labels")
         step = max(1, min(64, BATCH_BYTES // (self.image_size**2 * 3)))
         starts = range(0, len(split), step)
@@ -164,23 +180,28 @@ class _Packer:
             (self.folder / f"{name}.images").open("wb") as packed,
         ):
 
-            def decode(start: int) -> list[npt.NDArray[np.uint8]]:
+            def decode(start: int) -> tuple[npt.NDArray[np.uint8], list[bytes]]:
                 rows = range(start, min(start + step, len(split)))
-                return [
-                    self._decode(stored.fileno(), split.offsets[i], split.sizes[i]) for i in rows
-                ]
+                files = [os.pread(stored.fileno(), split.sizes[i], split.offsets[i]) for i in rows]
+                squares = [decode_square(data, self.image_size, self.max_pixels) for data in files]
+                return np.stack(squares), [hashlib.sha256(data).digest() for data in files]
 
             with closing(map_ordered(decode, starts, self.num_threads)) as batches:
-                for images in batches:
-                    packed.write(np.stack(images).data)
-                    yield len(images)
+                for images, digests in batches:
+                    packed.write(images.data)
+                    yield digests
 
-    def _decode(self, file: int, offset: int, size: int) -> npt.NDArray[np.uint8]:
-        try:
-            picture = decode_image(os.pread(file, size, offset), self.max_pixels)
-            return to_square(picture, self.image_size)
-        except AppError:
-            raise dataset_damaged() from None
+
+def decode_square(data: bytes, image_size: int, max_pixels: int) -> npt.NDArray[np.uint8]:
+    """A stored file as training sees it: uint8 [S, S, 3].
+
+    Raises:
+        TrainingError: `dataset_damaged`.
+    """
+    try:
+        return to_square(decode_image(data, max_pixels), image_size)
+    except AppError:
+        raise dataset_damaged() from None
 
 
 def _sync(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import PurePath
 
 from shared.dataset_paths import check_dataset_path
@@ -9,32 +10,28 @@ from shared.errors import AppError, TrainingError
 from shared.settings import Settings
 from skipline.specs import IngestSpec
 from worker.datasets.archives import open_archive
-from worker.datasets.builtin import open_cifar10, open_digits
+from worker.datasets.builtin import open_builtin
 from worker.datasets.folders import open_folder
 from worker.datasets.layout import Source, printable
+from worker.datasets.locks import never
 
 MAX_NAME = 200
 """Characters of a label."""
 ARCHIVE_SUFFIXES = frozenset({".zip", ".tar", ".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz"})
 
 
-def open_source(spec: IngestSpec, settings: Settings) -> Source:
+def open_source(
+    spec: IngestSpec, settings: Settings, should_stop: Callable[[], bool] = never
+) -> Source:
     """Lists what the spec names and checks the list; the images are read when it is iterated.
 
     Raises:
         TrainingError: with the code of what is wrong with the path, the folder or the archive, or
             `download_failed` for a built-in.
+        Interrupted: `should_stop()` became true while the files of a built-in were brought here.
     """
     if spec.source == "builtin":
-        if spec.name == "digits":
-            return open_digits()
-        if spec.name == "cifar10":
-            return open_cifar10(settings.cache_path)
-        raise TrainingError(
-            "unknown_dataset",
-            f"There is no built-in dataset {spec.name}",
-            "GET /datasets lists the built-in ones",
-        )
+        return open_builtin(spec.name or "", settings, should_stop)
     try:
         path = check_dataset_path(spec.path or "", settings)
     except AppError as error:

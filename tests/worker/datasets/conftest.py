@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tarfile
+import zipfile
 from collections.abc import Callable, Mapping
 from io import BytesIO
 from pathlib import Path
@@ -10,10 +12,14 @@ import pytest
 from PIL import Image
 
 from shared.settings import Settings
+from worker.datasets.archives import open_archive
+from worker.datasets.folders import open_folder
+from worker.datasets.layout import Source
 
 Colour = tuple[int, int, int]
 MakeImage = Callable[..., bytes]
 MakeTree = Callable[[Path, Mapping[str, bytes]], Path]
+OpenTree = Callable[[Mapping[str, bytes]], Source]
 
 
 @pytest.fixture
@@ -44,3 +50,28 @@ def tree() -> MakeTree:
         return root
 
     return make
+
+
+@pytest.fixture(params=["folder", "zip", "tar.gz"])
+def open_tree(
+    request: pytest.FixtureRequest, tmp_path: Path, tree: MakeTree, settings: Settings
+) -> OpenTree:
+    """`open_tree(files)`: the source that a tree of these files is, as a folder and archived."""
+
+    def run(files: Mapping[str, bytes]) -> Source:
+        path = tmp_path / f"tree.{request.param}"
+        if request.param == "folder":
+            return open_folder(tree(path, files), settings)
+        if request.param == "zip":
+            with zipfile.ZipFile(path, "w") as archive:
+                for name, data in files.items():
+                    archive.writestr(name, data)
+        else:
+            with tarfile.open(path, "w:gz") as tar:
+                for name, data in files.items():
+                    info = tarfile.TarInfo(name)
+                    info.size = len(data)
+                    tar.addfile(info, BytesIO(data))
+        return open_archive(path, settings)
+
+    return run

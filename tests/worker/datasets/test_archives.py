@@ -273,6 +273,20 @@ def test_a_tar_header_of_many_megabytes_is_not_read_into_memory(
     assert code_of(path, settings) == "bad_archive"
 
 
+@pytest.mark.parametrize("name", ["cat/1", "words.txt"])
+def test_a_negative_size_in_a_tar_reads_nothing(
+    tmp_path: Path, settings: Settings, name: str
+) -> None:
+    info, _ = plain(name)
+    info.size = -1
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz", format=tarfile.GNU_FORMAT) as archive:
+        archive.addfile(info)
+        archive.addfile(plain("dog/1")[0])
+    with pytest.raises(TrainingError, match="a negative size") as caught:
+        open_archive(tmp_path / "a.tar.gz", settings)
+    assert caught.value.code == "bad_archive"
+
+
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_too_many_entries_and_too_many_bytes_are_refused(
     tmp_path: Path, settings: Settings, suffix: str

@@ -183,6 +183,23 @@ def test_mean_and_std_agree_with_numpy(bring_in: BringIn) -> None:
     assert record.channel_std == pytest.approx(scaled.std(0))
 
 
+def test_the_image_std_is_the_mean_of_each_training_images_own(bring_in: BringIn) -> None:
+    def picture(*greys: int) -> bytes:
+        file = BytesIO()
+        Image.fromarray(np.array([greys], dtype=np.uint8)).save(file, "PNG")
+        return file.getvalue()
+
+    record = bring_in(
+        {
+            "train/cat/1": picture(0, 255),  # deviates by 1/2 from its mean
+            "train/dog/1": picture(51, 51, 51),  # not at all
+            "train/dog/2": picture(0, 0, 0, 255),  # by the root of 3/16
+            "test/dog/1": picture(0, 100),
+        }
+    )
+    assert record.channel_image_std == pytest.approx([(0.5 + 0.1875**0.5) / 3] * 3)
+
+
 def test_the_image_size_is_the_median_shorter_side_rounded_up(
     bring_in: BringIn, image: MakeImage
 ) -> None:

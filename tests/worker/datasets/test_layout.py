@@ -3,16 +3,26 @@ from __future__ import annotations
 import pytest
 
 from shared.errors import TrainingError
-from worker.datasets.layout import Layout, check_class_names, find_layout, is_junk, printable
+from worker.datasets.layout import (
+    MAX_NOTE_BYTES,
+    MAX_NOTES,
+    ClassFolders,
+    Listing,
+    check_class_names,
+    find_class_folders,
+    is_junk,
+    printable,
+    warning,
+)
 
 
-def layout_of(*paths: str) -> Layout:
-    return find_layout(tuple(path.split("/")) for path in paths)
+def layout_of(*paths: str) -> ClassFolders:
+    return find_class_folders(tuple(path.split("/")) for path in paths)
 
 
 def test_train_with_val_or_test_beside_it_are_splits() -> None:
     layout = layout_of("train/cat", "test/cat")
-    assert layout == Layout((), has_splits=True)
+    assert layout == ClassFolders((), has_splits=True)
     assert layout.place(("train", "cat")) == ("train", "cat")
     assert layout.place(("test", "cat")) == ("test", "cat")
     assert layout.place(("train",)) is None
@@ -38,7 +48,7 @@ def test_a_wrapper_around_the_layout_is_taken_away() -> None:
 
 
 def test_a_single_class_without_subfolders_is_no_wrapper() -> None:
-    assert layout_of("cat") == Layout((), has_splits=False)
+    assert layout_of("cat") == ClassFolders((), has_splits=False)
 
 
 def test_a_train_among_other_vehicles_is_a_class() -> None:
@@ -79,3 +89,32 @@ def test_class_names_may_be_in_any_script() -> None:
 
 def test_paths_that_are_no_unicode_become_printable() -> None:
     assert printable("cat/\udcff.png") == "cat/?.png"
+
+
+def test_only_small_files_of_known_names_are_read_while_listing() -> None:
+    listing, asked = Listing(), []
+
+    def read(size: int) -> bytes:
+        asked.append(size)
+        return b"n01\tox\n"
+
+    listing.add_file(("d", "words.txt"), MAX_NOTE_BYTES, read)
+    listing.add_file(("e", "words.txt"), MAX_NOTE_BYTES + 1, read)
+    listing.add_file(("d", "1.png"), 5, read)
+    assert listing.notes == {("d", "words.txt"): b"n01\tox\n"}
+    assert asked == [-1]
+    assert (listing.num_files[("d",)], listing.num_bytes[("d",)]) == (2, MAX_NOTE_BYTES + 5)
+
+
+def test_no_more_than_a_few_notes_are_kept() -> None:
+    listing = Listing()
+    for i in range(MAX_NOTES + 5):
+        listing.add_file((str(i), "wnids.txt"), 0, lambda size: b"")
+    assert len(listing.notes) == MAX_NOTES
+
+
+def test_a_warning_counts_all_its_paths_and_shows_the_first_ten() -> None:
+    (problem,) = warning("odd", "Odd files", (f"{i:02}" for i in reversed(range(12))))
+    assert (problem.code, problem.level, problem.count) == ("odd", "warning", 12)
+    assert problem.examples == [f"{i:02}" for i in range(10)]
+    assert warning("odd", "Odd files", []) == ()

@@ -169,6 +169,36 @@ def test_a_damaged_stored_dataset_is_told(stored: Stored, cache: Path, damage: s
     assert [path.name for path in (cache / stored.hash).iterdir()] == [".8.lock"]
 
 
+def change(stored: Stored, what: str) -> None:
+    """Changes the stored dataset so that everything in it still reads."""
+    images, index = stored.folder / "images.bin", stored.folder / "index.json"
+    document = json.loads(index.read_text())
+    split = document["splits"]["val"]
+    if what == "an image":
+        data = bytearray(images.read_bytes())
+        one, other = (stored.files[path] for path in ("train/a/0", "train/a/10"))
+        assert len(one) == len(other)
+        data[data.index(one) : data.index(one) + len(one)] = other
+        images.write_bytes(data)
+    elif what == "a label":
+        split["labels"][0] = 1
+        index.write_text(json.dumps(document))
+    else:
+        document["classes"] = ["a", "c"]
+        index.write_text(json.dumps(document))
+
+
+@pytest.mark.parametrize("what", ["an image", "a label", "a class"])
+def test_a_stored_dataset_that_is_another_is_told_and_not_packed(
+    stored: Stored, cache: Path, what: str
+) -> None:
+    change(stored, what)
+    with pytest.raises(TrainingError) as caught:
+        pack_it(stored, cache)
+    assert caught.value.code == "dataset_changed"
+    assert [path.name for path in (cache / stored.hash).iterdir()] == [".8.lock"]
+
+
 def test_too_little_free_disk_is_told_in_bytes(
     stored: Stored, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,199 @@
+"""Images decoded from the stored originals whenever they are read, for datasets too large to pack.
+
+They equal the packed ones, pixel for pixel. Knows the stored form and the shared preprocessing;
+nothing of jobs, databases or training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from worker.datasets.disk import full_disk_is_reported
+from worker.datasets.index import (
+    IMAGES_FILE,
+    INDEX_FILE,
+    Index,
+    SplitIndex,
+    content_hash,
+    dataset_changed,
+    dataset_damaged,
+    read_index,
+)
+from worker.datasets.locks import Interrupted, exclusive, never
+from worker.datasets.packing import decode_square
+from worker.datasets.parallel import decode_threads, map_ordered
+
+MARKER_FILE = "verified.json"
+ROWS_AT_ONCE = 64
+
+Int64 = npt.NDArray[np.int64]
+
+
+@dataclass(eq=False)
+class FileImages:
+    """The images of a split: `offsets` and `sizes` in bytes of the file `path`, and `labels`, all
+    int64 [N].
+
+    Holds no open file, so that it can be handed to other processes however they are started, and
+    used by several threads.
+    """
+
+    path: Path
+    image_size: int
+    max_pixels: int
+    offsets: Int64
+    sizes: Int64
+    labels: Int64
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, rows: Int64) -> npt.NDArray[np.uint8]:
+        """The images in these rows (int64 [B]): uint8 [B, S, S, 3].
+
+        Raises:
+            TrainingError: `dataset_damaged`.
+        """
+        size = self.image_size
+        images = np.empty((len(rows), size, size, 3), np.uint8)
+        with _opened(self.path) as file:
+            for place, row in enumerate(rows):
+                data = os.pread(file.fileno(), int(self.sizes[row]), int(self.offsets[row]))
+                images[place] = decode_square(data, size, self.max_pixels)
+        return images
+
+
+@dataclass(frozen=True)
+class FileDataset:
+    """A stored dataset to be read at `image_size` pixels; `counts`: images of each split."""
+
+    folder: Path
+    image_size: int
+    max_pixels: int
+    index: Index
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(self.index.classes)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {name: len(split) for name, split in self.index.splits.items()}
+
+    def split(self, name: str) -> FileImages:
+        """The images of a split.
+
+        Raises:
+            KeyError: there is no such split.
+        """
+        split = self.index.splits[name]
+        columns = (np.array(column, np.int64) for column in _columns(split))
+        return FileImages(self.folder / IMAGES_FILE, self.image_size, self.max_pixels, *columns)
+
+
+def open_files(
+    dataset_folder: Path,
+    image_size: int,
+    cache_root: Path,
+    dataset_hash: str,
+    *,
+    max_pixels: int,
+    num_threads: int = 0,
+    progress: Callable[[int, int | None], None] = lambda done, total: None,
+    should_stop: Callable[[], bool] = never,
+) -> FileDataset:
+    """The stored dataset, once its files are found to be those that `dataset_hash` is of.
+
+    That they are is noted in the cache, together with their sizes and times, so that they are
+    hashed again only after a change. One process hashes while others that want them wait.
+
+    Raises:
+        TrainingError: `dataset_damaged`, `dataset_changed`, `disk_full`.
+        Interrupted: `should_stop()` became true, while hashing or while waiting.
+    """
+    index = read_index(dataset_folder)
+    parent = cache_root / dataset_hash
+    parent.mkdir(parents=True, exist_ok=True)
+    marker = parent / MARKER_FILE
+    with full_disk_is_reported(), exclusive(parent / f".{MARKER_FILE}.lock", should_stop):
+        stamp = _stamp(dataset_folder)
+        if not _is_marked(marker, stamp):
+            marker.unlink(missing_ok=True)
+            found = _hash(index, dataset_folder / IMAGES_FILE, num_threads, progress, should_stop)
+            if found != dataset_hash:
+                raise dataset_changed()
+            partial = parent / f".{MARKER_FILE}.partial"
+            partial.write_text(json.dumps(stamp), encoding="utf-8")
+            partial.replace(marker)
+    return FileDataset(dataset_folder, image_size, max_pixels, index)
+
+
+def _stamp(folder: Path) -> dict[str, list[int]]:
+    """Size in bytes and time of the last change, in nanoseconds, of each stored file."""
+    try:
+        states = {name: (folder / name).stat() for name in (IMAGES_FILE, INDEX_FILE)}
+    except OSError:
+        raise dataset_damaged() from None
+    return {name: [state.st_size, state.st_mtime_ns] for name, state in states.items()}
+
+
+def _is_marked(marker: Path, stamp: dict[str, list[int]]) -> bool:
+    try:
+        return bool(json.loads(marker.read_text(encoding="utf-8")) == stamp)
+    except (OSError, ValueError):
+        return False
+
+
+def _hash(
+    index: Index,
+    path: Path,
+    num_threads: int,
+    progress: Callable[[int, int | None], None],
+    should_stop: Callable[[], bool],
+) -> str:
+    """The content hash of the files as they are now, read in the order in which they lie."""
+    images = [
+        (offset, size, name, index.classes[label])
+        for name, split in index.splits.items()
+        for offset, size, label in zip(*_columns(split), strict=True)
+    ]
+    images.sort()
+    seen: list[tuple[str, str, bytes]] = []
+    threads = decode_threads(path.stat().st_size / len(images), num_threads)
+    with _opened(path) as file:
+
+        def digest(start: int) -> list[tuple[str, str, bytes]]:
+            return [
+                (name, label, hashlib.sha256(os.pread(file.fileno(), size, offset)).digest())
+                for offset, size, name, label in images[start : start + ROWS_AT_ONCE]
+            ]
+
+        starts = range(0, len(images), ROWS_AT_ONCE)
+        with closing(map_ordered(digest, starts, threads)) as batches:
+            for batch in batches:
+                if should_stop():
+                    raise Interrupted
+                seen += batch
+                progress(len(seen), len(images))
+    return content_hash(seen)
+
+
+def _columns(split: SplitIndex) -> tuple[list[int], list[int], list[int]]:
+    return split.offsets, split.sizes, split.labels
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except OSError:
+        raise dataset_damaged() from None
