@@ -8,9 +8,10 @@ from importlib.metadata import version
 
 from fastapi import Depends, FastAPI
 
-from api import architectures, datasets, docs, health, jobs, predictions, problems
+from api import architectures, datasets, docs, health, jobs, plots, predictions, problems, recipes
 from api.checks import Checks
 from api.dependencies import Services, require_key
+from api.drawing import Drawing
 from api.serving.cache import ModelCache
 from api.serving.images import Decoder
 from api.serving.inference import Inference
@@ -41,6 +42,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         inference=inference,
         decoder=Decoder(settings.max_image_pixels, inference.warm),
         checks=Checks(database, bell, storage),
+        drawing=Drawing(),
     )
     reaper = Reaper(settings, database, storage)
     reaper.start()
@@ -57,6 +59,7 @@ def _close(services: Services) -> None:
     services.decoder.close()
     services.inference.stop()
     services.checks.close()
+    services.drawing.close()
     services.database.dispose()
 
 
@@ -77,6 +80,6 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     app.state.settings = settings or get_settings()
     problems.install(app)
-    for module in (jobs, datasets, architectures, predictions, health, docs):
+    for module in (jobs, plots, datasets, architectures, recipes, predictions, health, docs):
         app.include_router(module.router)
     return app

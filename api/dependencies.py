@@ -15,6 +15,7 @@ from fastapi import Depends, Query, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from api.checks import Checks
+from api.drawing import Drawing
 from api.serving.images import Decoder
 from api.serving.inference import Inference
 from api.streams import StreamHub
@@ -44,6 +45,7 @@ class Services:
     inference: Inference
     decoder: Decoder
     checks: Checks
+    drawing: Drawing
 
 
 # The dependencies below are `async` only because plain functions would each take a trip through

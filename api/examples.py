@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from skipline import recipes
 from skipline.catalog import BUILTIN_DATASETS, resolve
 from skipline.specs import IngestSpec, TrainSpec, dump_spec
 
@@ -27,6 +28,7 @@ JOB_REQUESTS: Document = {
         "optimizer": {"name": "sgd", "lr": 0.05},
         "scheduler": {"name": "cosine", "warmup_epochs": 1},
     },
+    "recipe": {"recipe": "cifar10_resnet18", "epochs": 30},
     "evaluation": {"kind": "evaluate", "model": _JOB_ID, "dataset": "digits", "split": "test"},
 }
 INGEST_REQUESTS: Document = {
@@ -92,6 +94,37 @@ METRIC_STREAM = (
     'event: rewind\ndata: {"step":11,"attempt":2}\nid: 4\n\n'
     'event: end\ndata: {"status":"succeeded"}\n\n'
 )
+EVENTS: Document = {
+    "items": [
+        {
+            "id": 1,
+            "time": _TIME,
+            "level": "info",
+            "type": "created",
+            "message": "Stored as a job of kind train",
+            "data": {},
+        },
+        {
+            "id": 2,
+            "time": _TIME,
+            "level": "warning",
+            "type": "lost",
+            "message": "The trainer was killed by signal 9",
+            "data": {},
+        },
+    ],
+    "next": None,
+}
+SUMMARY: Document = {
+    "layers": [
+        {"name": "conv1", "type": "Conv2d", "output_shape": [64, 32, 32], "num_parameters": 1728},
+        {"name": "fc", "type": "Linear", "output_shape": [10], "num_parameters": 5130},
+    ],
+    "num_parameters": 11173962,
+    "num_trainable_parameters": 11173962,
+    "multiply_adds": 555422720,
+    "forward_bytes": 9830440,
+}
 CHECKPOINTS: Document = {
     "items": [
         {
@@ -151,6 +184,7 @@ DATASET: Document = {
     "image_size": 224,
     "channel_mean": [0.485, 0.456, 0.406],
     "channel_std": [0.229, 0.224, 0.225],
+    "channel_image_std": [0.221, 0.217, 0.218],
     "problems": [
         {
             "code": "unreadable_image",
@@ -185,6 +219,20 @@ ARCHITECTURES: Document = {
             "batch_norm": True,
             "min_image_size": {"small": 8, "imagenet": 32},
             "description": "ResNet-18 with basic blocks (He et al., 2016)",
+        }
+    ],
+    "next": None,
+}
+
+_RECIPE = recipes.RECIPES["cifar10_resnet18"]
+RECIPES: Document = {
+    "items": [
+        {
+            "name": _RECIPE.name,
+            "description": _RECIPE.description,
+            "source": _RECIPE.source,
+            "dataset": _RECIPE.spec["dataset"],
+            "spec": _RECIPE.spec,
         }
     ],
     "next": None,

@@ -11,14 +11,22 @@ from sqlalchemy.orm import Session
 
 from api import examples, openapi
 from api.bodies import json_body
-from api.dependencies import JobId, PageDep, Services, ServicesDep
+from api.dependencies import JobId, PageDep, Services, ServicesDep, unknown_cursor
 from api.streams import MetricStream
 from api.thinning import MIN_POINTS, thin
 from shared import lifecycle, repository
-from shared.errors import TooManyJobs
+from shared.errors import InvalidInput, ModelNotFound, TooManyJobs
 from shared.tables import Job
 from skipline import catalog, schemas
-from skipline.specs import AnySpec, EvaluateSpec, JobRequest, TrainSpec, parse_request
+from skipline.specs import (
+    IMAGENET_WEIGHTS,
+    AnySpec,
+    EvaluateSpec,
+    JobRequest,
+    TrainSpec,
+    load_spec,
+    parse_request,
+)
 
 router = APIRouter(tags=["jobs"])
 
@@ -34,9 +42,14 @@ def job_documents(session: Session, jobs: list[Job]) -> list[schemas.Job]:
 
 
 def submit(
-    spec: AnySpec, services: Services, background: BackgroundTasks, response: Response
+    spec: AnySpec,
+    services: Services,
+    background: BackgroundTasks,
+    response: Response,
+    kind: schemas.JobKind | None = None,
 ) -> schemas.Job:
-    """Stores what a client asks for as a queued job, and rings for a worker once it is stored.
+    """Stores what a client asks for as a queued job, and rings for a worker once it is stored. Its
+    kind is the spec's own unless told otherwise.
 
     Raises:
         AppError, SpecRefused: it cannot work; nothing was stored.
@@ -46,17 +59,16 @@ def submit(
         # keep the queue finite, not to count it.
         if repository.num_queued(session) >= services.settings.max_queued_jobs:
             raise TooManyJobs(f"{services.settings.max_queued_jobs} jobs wait already")
-        job = _store(session, spec)
+        job = _store(session, spec, kind)
         document = job_documents(session, [job])[0]
     background.add_task(services.bell.ring)
     response.headers["Location"] = f"/jobs/{document.id}"
     return document
 
 
-def _store(session: Session, spec: AnySpec) -> Job:
+def _store(session: Session, spec: AnySpec, kind: schemas.JobKind | None) -> Job:
     if isinstance(spec, TrainSpec):
-        facts, dataset_id = repository.dataset_facts(session, spec.dataset)
-        return repository.add_job(session, catalog.resolve(spec, facts), dataset_id=dataset_id)
+        return _store_training(session, spec, kind)
     if isinstance(spec, EvaluateSpec):
         checkpoint = repository.pin_model(session, spec.model)
         training = repository.get_job(session, checkpoint.job_id)
@@ -69,6 +81,52 @@ def _store(session: Session, spec: AnySpec) -> Job:
             session, resolved, dataset_id=dataset_id, checkpoint_id=checkpoint.id
         )
     return repository.add_job(session, spec)
+
+
+def _store_training(session: Session, spec: TrainSpec, kind: schemas.JobKind | None) -> Job:
+    facts, dataset_id = repository.dataset_facts(session, spec.dataset)
+    resolved = catalog.resolve(spec, facts, repository.cluster_facts(session))
+    checkpoint_id = None
+    if resolved.model.init_from not in (None, IMAGENET_WEIGHTS):
+        checkpoint_id = _pin_origin(session, resolved)
+        model = resolved.model.model_copy(update={"init_from": checkpoint_id})
+        resolved = resolved.model_copy(update={"model": model})
+    return repository.add_job(
+        session, resolved, kind=kind, dataset_id=dataset_id, checkpoint_id=checkpoint_id
+    )
+
+
+def _pin_origin(session: Session, spec: TrainSpec) -> str:
+    """The id of the checkpoint that `model.init_from` means, kept until the job is over.
+
+    Raises:
+        NoCheckpointYet: a job that has written none.
+        SpecRefused: there is no such model, or its network is another.
+    """
+    assert spec.model.init_from is not None
+    try:
+        checkpoint = repository.pin_model(session, spec.model.init_from)
+    except ModelNotFound as error:
+        raise _origin_refused(error.detail, code=error.code) from None
+    origin = load_spec(repository.get_job(session, checkpoint.job_id).spec)
+    assert isinstance(origin, TrainSpec), "only trainings write checkpoints"
+    if origin.model.arch != spec.model.arch:
+        raise _origin_refused(
+            f"That model is a {origin.model.arch}; weights of a {spec.model.arch} are needed"
+        )
+    ours, theirs = _stem(spec), _stem(origin)
+    if catalog.ARCHITECTURES[spec.model.arch].has_stems and ours != theirs:
+        raise _origin_refused(f"That model has the stem {theirs}, this one {ours}: set model.stem")
+    return checkpoint.id
+
+
+def _stem(spec: TrainSpec) -> catalog.Stem:
+    assert spec.image_size is not None, "the spec is resolved"
+    return catalog.resolve_stem(spec.model.stem, spec.image_size)
+
+
+def _origin_refused(message: str, code: str = "invalid_spec") -> catalog.SpecRefused:
+    return catalog.SpecRefused([{"loc": "model.init_from", "message": message}], code=code)
 
 
 @router.post(
@@ -86,10 +144,21 @@ def create_job(
     services: ServicesDep,
     background: BackgroundTasks,
     response: Response,
+    dry_run: Annotated[
+        bool, Query(description="Measure what the training would cost, instead of training")
+    ] = False,
 ) -> schemas.Job:
     """Accepted means stored: the job will run, whatever happens to the queue. Its `spec` in the
-    answer has every default written out."""
-    return submit(spec, services, background, response)
+    answer has every default written out.
+
+    With `dry_run` the job is of kind `dry_run`; its `result` says how many parameters the network
+    has, how much memory and how long an epoch takes, and how large a checkpoint is."""
+    if dry_run and spec.kind != "train":
+        message = "Only a training can be tried out"
+        raise InvalidInput(message, errors=[{"loc": "dry_run", "message": message}])
+    return submit(
+        spec, services, background, response, schemas.JobKind.dry_run if dry_run else None
+    )
 
 
 @router.get(
@@ -195,6 +264,41 @@ def _metrics(
     return schemas.Metrics(
         job_id=job_id, status=schemas.JobStatus(status), series=series, next=next_
     )
+
+
+@router.get(
+    "/jobs/{job_id}/events",
+    summary="List what happened to a job",
+    responses=openapi.responses(examples.EVENTS, problems=(404, 422)),
+)
+def list_events(job_id: JobId, page: PageDep, services: ServicesDep) -> schemas.Page[schemas.Event]:
+    """Oldest first. An event's `id` is its number within the job; `after` takes one."""
+    after = _number(page.after)
+    with services.database.read_scope() as session:
+        repository.get_job(session, job_id)
+        rows = repository.list_events(session, job_id, after=after, limit=page.limit + 1)
+    items = [repository.event_document(row) for row in rows[: page.limit]]
+    next_ = str(items[-1].id) if len(rows) > page.limit else None
+    return schemas.Page[schemas.Event](items=items, next=next_)
+
+
+def _number(cursor: str | None) -> int:
+    if cursor is None:
+        return 0
+    if not cursor.isdecimal() or int(cursor) > MAX_NUMBER:
+        raise unknown_cursor()
+    return int(cursor)
+
+
+@router.get(
+    "/jobs/{job_id}/summary",
+    summary="Read the layers of a job's network",
+    responses=openapi.responses(examples.SUMMARY, problems=(404,)),
+)
+def get_summary(job_id: JobId, services: ServicesDep) -> schemas.Summary:
+    """Layer by layer, with totals; of a training that has begun, 404 `summary_not_ready` before."""
+    with services.database.read_scope() as session:
+        return repository.get_summary(session, job_id)
 
 
 @router.get(

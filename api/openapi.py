@@ -17,6 +17,7 @@ from api.dependencies import OPEN_PATHS
 from skipline.schemas import ProblemDocument
 
 JSON = "application/json"
+PNG = "image/png"
 REF = "#/components/schemas/{model}"
 COMMON_PROBLEMS = (401, 500, 503)
 LOCATION = {"Location": {"description": "Where the job is", "schema": {"type": "string"}}}
@@ -44,6 +45,15 @@ def responses(
     if location:
         answer["headers"] = LOCATION
     return {status: answer, **{code: _problem(code) for code in problems}}
+
+
+def picture(problems: tuple[int, ...]) -> dict[int | str, Document]:
+    """What a route answers that sends a PNG."""
+    content = {
+        PNG: {"schema": {"type": "string", "format": "binary"}, "example": "(the bytes of a PNG)"}
+    }
+    answer = {"description": HTTPStatus.OK.phrase, "content": content}
+    return {200: answer, **{code: _problem(code) for code in problems}}
 
 
 def _problem(status: int) -> Document:

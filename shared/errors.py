@@ -100,6 +100,16 @@ class ReportNotReady(NotFound):
     title = "The job has no report yet"
 
 
+class SummaryNotReady(NotFound):
+    code = "summary_not_ready"
+    title = "The job has no summary yet"
+
+
+class PictureNotReady(NotFound):
+    code = "picture_not_ready"
+    title = "There is no such picture of the job yet"
+
+
 class Conflict(AppError):
     status = 409
     code = "conflict"

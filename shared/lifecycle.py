@@ -101,14 +101,26 @@ def transition(
     return result.rowcount == 1
 
 
+def runs_on(devices: Iterable[str], num_gpus: int) -> ColumnElement[bool]:
+    """The condition that a job asks for one of `devices` ("auto", "cpu", "cuda"), and on `cuda`
+    for no more processes than there are GPUs."""
+    has_gpus: ColumnElement[bool] = (Job.device != "cuda") | (Job.num_processes <= num_gpus)
+    return Job.device.in_(tuple(devices)) & has_gpus
+
+
 def claim(
-    session: Session, owner: str, host: str, lease_seconds: float, devices: Iterable[str]
+    session: Session,
+    owner: str,
+    host: str,
+    lease_seconds: float,
+    devices: Iterable[str],
+    num_gpus: int = 0,
 ) -> Fence | None:
-    """Takes the first queued job, in the database's order, that asks for one of `devices`
-    ("auto", "cpu", "cuda"); None when there is none."""
+    """Takes the first queued job, in the database's order, that `runs_on` such a worker; None when
+    there is none."""
     first = (
         select(Job.id)
-        .where(Job.status == S.queued, Job.device.in_(tuple(devices)))
+        .where(Job.status == S.queued, runs_on(devices, num_gpus))
         .order_by(Job.created_at, Job.id)
         .limit(1)
         .with_for_update(skip_locked=True)

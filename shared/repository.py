@@ -20,20 +20,35 @@ from shared.errors import (
     JobNotFound,
     ModelNotFound,
     NoCheckpointYet,
+    PictureNotReady,
     ReportNotReady,
+    SummaryNotReady,
     UnknownDataset,
 )
 from shared.lifecycle import Fence, Superseded, holds
-from shared.tables import Checkpoint, Dataset, Event, Job, MetricPoint, Report
+from shared.tables import (
+    Checkpoint,
+    Dataset,
+    Event,
+    Job,
+    MetricPoint,
+    Picture,
+    Report,
+    Summary,
+    Worker,
+)
 from skipline import schemas
-from skipline.catalog import BUILTIN_DATASETS, DatasetFacts
-from skipline.schemas import JobStatus
+from skipline.catalog import BUILTIN_DATASETS, ClusterFacts, DatasetFacts
+from skipline.schemas import JobKind, JobStatus
 from skipline.specs import AnySpec, dump_spec
 
 MAX_ALTERNATIVES = 200
 """In one condition: SQLite takes fewer than 1000."""
 REWIND = "rewind"
 """The reserved name of a metric row that tells readers to go back."""
+ALIVE_SECONDS = 60.0
+"""A worker that was seen within so long counts as there."""
+FORGET_WORKER_SECONDS = 3600.0
 
 
 def new_id() -> str:
@@ -48,25 +63,28 @@ def add_job(
     session: Session,
     spec: AnySpec,
     *,
+    kind: JobKind | None = None,
     dataset_id: str | None = None,
     checkpoint_id: str | None = None,
 ) -> Job:
-    """Stores a resolved spec as a queued job."""
+    """Stores a resolved spec as a queued job, of the spec's own kind unless told otherwise."""
+    kind = kind or JobKind(spec.kind)
     resources = getattr(spec, "resources", None)
     job = Job(
         id=new_id(),
-        kind=spec.kind,
+        kind=kind,
         name=spec.name,
         status=JobStatus.queued,
         spec=dump_spec(spec),
         device=resources.device if resources else "auto",
+        num_processes=resources.num_processes if resources else 1,
         dataset_id=dataset_id,
         checkpoint_id=checkpoint_id,
         created_at=session.scalar(select(db_now())),
     )
     session.add(job)
     session.flush()
-    lifecycle.record(session, job.id, "info", "created", f"Stored as a job of kind {spec.kind}")
+    lifecycle.record(session, job.id, "info", "created", f"Stored as a job of kind {kind}")
     return job
 
 
@@ -118,11 +136,11 @@ def _page(rows: list[Any], limit: int) -> tuple[list[Any], str | None]:
     return rows[:limit], rows[limit - 1].id if len(rows) > limit else None
 
 
-def num_queued(session: Session, devices: Collection[str] | None = None) -> int:
-    """How many jobs wait for a worker; with `devices`, for one that has these."""
+def num_queued(session: Session, devices: Collection[str] | None = None, num_gpus: int = 0) -> int:
+    """How many jobs wait for a worker; with `devices`, for one that has these and so many GPUs."""
     count = select(func.count()).select_from(Job).where(Job.status == JobStatus.queued)
     if devices is not None:
-        count = count.where(Job.device.in_(devices))
+        count = count.where(lifecycle.runs_on(devices, num_gpus))
     return session.scalar(count) or 0
 
 
@@ -362,10 +380,29 @@ def add_event(
     lifecycle.record(session, fence.job_id, level, type_, message, data)
 
 
-def list_events(session: Session, job_id: str) -> list[Event]:
-    """What happened to the job, in order."""
-    query = select(Event).where(Event.job_id == job_id).order_by(Event.number)
+def list_events(
+    session: Session, job_id: str, *, after: int = 0, limit: int | None = None
+) -> list[Event]:
+    """What happened to the job, in order: events numbered above `after`, `limit` at most."""
+    query = (
+        select(Event)
+        .where(Event.job_id == job_id, Event.number > after)
+        .order_by(Event.number)
+        .limit(limit)
+    )
     return list(session.scalars(query))
+
+
+def event_document(row: Event) -> schemas.Event:
+    """The event as clients see it."""
+    return schemas.Event(
+        id=row.number,
+        time=row.time,
+        level=row.level,
+        type=row.type,
+        message=row.message,
+        data=row.data,
+    )
 
 
 # --------------------------------------------------------------------------------- checkpoints
@@ -413,7 +450,7 @@ def register_checkpoint(
 
 def retire_checkpoints(session: Session, job_id: str, keep: Mapping[str, int]) -> list[str]:
     """Drops the rows beyond `keep[kind]` newest of each kind, but for those that an unfinished
-    evaluation needs. Returns the keys that no row names any more: their files can go."""
+    job needs. Returns the keys that no row names any more: their files can go."""
     needed = select(Job.checkpoint_id).where(
         Job.checkpoint_id.is_not(None),
         Job.status.not_in([status for status in JobStatus if status.is_terminal]),
@@ -532,6 +569,44 @@ def get_report(session: Session, job_id: str) -> schemas.Report:
     return schemas.Report.model_validate(report.document)
 
 
+# ------------------------------------------------------------------------ summaries and pictures
+
+
+def add_summary(session: Session, fence: Fence, summary: schemas.Summary) -> None:
+    """Stores what the job's network looks like, in place of an earlier attempt's. Raises
+    `Superseded`."""
+    _update_owned(session, fence, progress_at=db_now())
+    session.merge(Summary(job_id=fence.job_id, document=summary.model_dump(mode="json")))
+    session.flush()
+
+
+def get_summary(session: Session, job_id: str) -> schemas.Summary:
+    """Raises `JobNotFound`, or `SummaryNotReady`."""
+    job = get_job(session, job_id)
+    summary = session.get(Summary, job_id)
+    if summary is None:
+        raise SummaryNotReady(
+            f"The job is {job.status}; a training's summary is written when it begins"
+        )
+    return schemas.Summary.model_validate(summary.document)
+
+
+def add_picture(session: Session, fence: Fence, name: str, png: bytes) -> None:
+    """Stores a picture of the job, in place of an earlier attempt's. Raises `Superseded`."""
+    _update_owned(session, fence, progress_at=db_now())
+    session.merge(Picture(job_id=fence.job_id, name=name, png=png))
+    session.flush()
+
+
+def get_picture(session: Session, job_id: str, name: str) -> bytes:
+    """The bytes of a PNG. Raises `JobNotFound`, or `PictureNotReady`."""
+    job = get_job(session, job_id)
+    picture = session.get(Picture, (job_id, name))
+    if picture is None:
+        raise PictureNotReady(f"The job is {job.status}; a training draws this when it begins")
+    return picture.png
+
+
 # ------------------------------------------------------------------------------------- datasets
 
 
@@ -610,6 +685,34 @@ def dataset_document(row: Dataset) -> schemas.Dataset:
         image_size=row.image_size,
         channel_mean=row.channel_mean,
         channel_std=row.channel_std,
+        channel_image_std=row.channel_image_std,
         problems=[schemas.Problem(**problem) for problem in row.problems],
         created_at=row.created_at,
     )
+
+
+# -------------------------------------------------------------------------------------- workers
+
+
+def see_worker(session: Session, worker_id: str, host: str, num_gpus: int, num_cores: int) -> None:
+    """Notes that a worker is there and what it has, and forgets those not seen for an hour."""
+    gone = Worker.seen_at < db_now(-FORGET_WORKER_SECONDS)
+    session.connection().execute(delete(Worker).where(gone))
+    values = {"host": host, "num_gpus": num_gpus, "num_cores": num_cores, "seen_at": db_now()}
+    seen = session.connection().execute(
+        update(Worker).where(Worker.id == worker_id).values(**values)
+    )
+    if seen.rowcount == 0:  # Nobody else writes this row: it cannot appear in between.
+        session.connection().execute(insert(Worker).values(id=worker_id, **values))
+
+
+def forget_worker(session: Session, worker_id: str) -> None:
+    """The worker leaves."""
+    session.connection().execute(delete(Worker).where(Worker.id == worker_id))
+
+
+def cluster_facts(session: Session) -> ClusterFacts | None:
+    """What the living workers have; None when there is none."""
+    alive = Worker.seen_at >= db_now(-ALIVE_SECONDS)
+    max_gpus = session.scalar(select(func.max(Worker.num_gpus)).where(alive))
+    return None if max_gpus is None else ClusterFacts(max_gpus=max_gpus)

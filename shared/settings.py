@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import unquote, urlsplit
@@ -16,6 +17,7 @@ from pydantic import Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 MEBIBYTE = 2**20
+DEVICE_FILES = Path("/dev")
 
 
 class Settings(BaseSettings):
@@ -55,6 +57,14 @@ class Settings(BaseSettings):
     """Processes that a worker keeps ready with torch imported."""
     cpu_threads: int = Field(0, ge=0, le=1024)
     """Threads of one trainer on the CPU; 0 divides the cores among the slots."""
+
+    # Where training reads images from.
+    gpu_data_share: float = Field(0.5, ge=0, le=0.95)
+    """Share of a GPU's free memory that a dataset may fill; a larger one stays on the disk."""
+    max_packed_bytes: int = Field(64 * 1024 * MEBIBYTE, gt=0)
+    """Packed, a dataset beyond this would take too much disk: it is decoded anew each epoch."""
+    loader_processes: int = Field(0, ge=0, le=256)
+    """That decode such a dataset; 0 takes as many as cores."""
 
     # Limits of what a client can make grow.
     max_body_bytes: int = Field(64 * MEBIBYTE, gt=0)
@@ -138,5 +148,19 @@ def num_cores() -> int:
 
 def cuda_is_present() -> bool:
     """True when this machine has a CUDA device, asked without importing torch."""
+    return _num_cuda_devices() > 0
+
+
+def num_gpus(settings: Settings) -> int:
+    """GPUs that the jobs of this machine may use, counted without importing torch."""
+    return 0 if settings.device == "cpu" else _num_cuda_devices()
+
+
+def _num_cuda_devices() -> int:
+    num_present = len(list(DEVICE_FILES.glob("nvidia[0-9]*")))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return visible not in ("", "-1") and any(Path("/dev").glob("nvidia[0-9]*"))
+    if visible is None:
+        return num_present
+    # As CUDA reads it: what comes after a device that does not exist is not there either.
+    named = takewhile(lambda name: name.strip() not in ("", "-1"), visible.split(","))
+    return min(num_present, len(list(named)))

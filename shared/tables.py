@@ -11,6 +11,7 @@ from sqlalchemy import (
     BigInteger,
     ForeignKey,
     Index,
+    LargeBinary,
     MetaData,
     String,
     UniqueConstraint,
@@ -56,10 +57,12 @@ class Job(Base):
     status: Mapped[str] = mapped_column(String(16))
     spec: Mapped[dict[str, Any]]
     device: Mapped[str] = mapped_column(String(16))
-    """`resources.device` of the spec, for claiming by what a worker has."""
+    num_processes: Mapped[int] = mapped_column(default=1, server_default="1")
+    """With `device`, the spec's `resources`: what a worker must have to claim the job."""
     dataset_id: Mapped[str | None] = mapped_column(ID)
     checkpoint_id: Mapped[str | None] = mapped_column(ID)
-    """The checkpoint that an evaluation needs; it is kept as long as the job is not over."""
+    """The checkpoint that an evaluation measures, or that a training starts from; it is kept as
+    long as the job is not over."""
     runtime: Mapped[dict[str, Any] | None]
     """What `auto` chose at the first attempt; a resumed one keeps it."""
 
@@ -170,6 +173,8 @@ class Dataset(Base):
     image_size: Mapped[int]
     channel_mean: Mapped[list[Any]]
     channel_std: Mapped[list[Any]]
+    channel_image_std: Mapped[list[Any] | None]
+    """The mean over the training images of each one's standard deviation; null in old rows."""
     problems: Mapped[list[Any]]
     num_bytes: Mapped[int] = mapped_column(BigInteger)
     key: Mapped[str] = mapped_column(String(255))
@@ -183,3 +188,35 @@ class Report(Base):
 
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
     document: Mapped[dict[str, Any]]
+
+
+class Summary(Base):
+    """The network of a training, layer by layer."""
+
+    __tablename__ = "summaries"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    document: Mapped[dict[str, Any]]
+
+
+class Picture(Base):
+    """A picture that a worker drew, since only it has the images: the file's bytes."""
+
+    __tablename__ = "pictures"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    name: Mapped[str] = mapped_column(String(32), primary_key=True)
+    png: Mapped[bytes] = mapped_column(LargeBinary)
+
+
+class Worker(Base):
+    """A worker process and what it has. It shows itself every few seconds: a row that is old is
+    of a worker that is gone."""
+
+    __tablename__ = "workers"
+
+    id: Mapped[str] = mapped_column(ID, primary_key=True)
+    host: Mapped[str] = mapped_column(String(255))
+    num_gpus: Mapped[int]
+    num_cores: Mapped[int]
+    seen_at: Mapped[datetime]

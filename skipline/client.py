@@ -25,6 +25,7 @@ from skipline.schemas import (
     DatasetPage,
     EndEvent,
     ErrorItem,
+    Event,
     Job,
     MetricEvent,
     Metrics,
@@ -32,8 +33,10 @@ from skipline.schemas import (
     Predictions,
     ProblemDocument,
     Readiness,
+    Recipe,
     Report,
     RewindEvent,
+    Summary,
 )
 from skipline.specs import EvaluateSpec, TrainSpec
 
@@ -185,12 +188,17 @@ class Skipline:
     # Jobs.
 
     def train(self, spec: TrainSpec | Mapping[str, Any] | None = None, /, **settings: Any) -> Job:
-        """Starts a training: `train(dataset="digits", model={"arch": "resnet18"}, epochs=5)`.
+        """Starts a training: `train(dataset="digits", model={"arch": "resnet18"}, epochs=5)`, or
+        `train(recipe="cifar10_resnet18")`.
 
         Takes a spec, keys of one, or both; single keys win.
         """
-        given = _as_written(spec) if isinstance(spec, TrainSpec) else dict(spec or {})
-        return self.submit({"kind": "train", **given, **settings})
+        return self.submit(_training(spec, settings))
+
+    def dry_run(self, spec: TrainSpec | Mapping[str, Any] | None = None, /, **settings: Any) -> Job:
+        """As `train`, but only measures: the finished job's `result` says what the training would
+        cost."""
+        return self.submit(_training(spec, settings), dry_run=True)
 
     def evaluate(
         self, model: str, dataset: str, *, split: str | None = None, **settings: Any
@@ -200,10 +208,13 @@ class Skipline:
             {"kind": "evaluate", "model": model, "dataset": dataset, "split": split, **settings}
         )
 
-    def submit(self, document: TrainSpec | EvaluateSpec | Mapping[str, Any]) -> Job:
+    def submit(
+        self, document: TrainSpec | EvaluateSpec | Mapping[str, Any], *, dry_run: bool = False
+    ) -> Job:
         """Sends a whole job request. The job returned is stored and waits to be run."""
         body = dict(document) if isinstance(document, Mapping) else _as_written(document)
-        return self._ask(Job, "POST", "jobs", json=body)
+        query = {"dry_run": True} if dry_run else {}
+        return self._ask(Job, "POST", "jobs", params=query, json=body)
 
     def job(self, job_id: str) -> Job:
         """The job as it stands."""
@@ -307,7 +318,24 @@ class Skipline:
         """What an evaluation, or the end of a training, found."""
         return self._ask(Report, "GET", f"jobs/{_segment(job_id)}/report")
 
-    # Datasets, architectures, predictions.
+    def summary(self, job_id: str) -> Summary:
+        """The network of a training that has begun, layer by layer."""
+        return self._ask(Summary, "GET", f"jobs/{_segment(job_id)}/summary")
+
+    def events(self, job_id: str) -> list[Event]:
+        """What happened to the job, in order."""
+        pages = self._pages(Page[Event], f"jobs/{_segment(job_id)}/events")
+        return [event for page in pages for event in page.items]
+
+    def plot(self, job_id: str, name: str) -> bytes:
+        """A PNG: `loss`, `accuracy`, `lr`, `confusion` or `samples`."""
+        path = f"jobs/{_segment(job_id)}/plots/{_segment(name)}.png"
+        response = self._answer("GET", path)
+        if response.headers.get("content-type") != "image/png":
+            raise self._stranger(response)
+        return response.content
+
+    # Datasets, architectures, recipes, predictions.
 
     def datasets(self) -> DatasetPage:
         """All stored datasets, and the built-in ones that can be asked for by name."""
@@ -344,6 +372,11 @@ class Skipline:
         """The networks that can be asked for."""
         pages = self._pages(Page[Architecture], "architectures")
         return [architecture for page in pages for architecture in page.items]
+
+    def recipes(self) -> list[Recipe]:
+        """The trainings that can be asked for by name."""
+        pages = self._pages(Page[Recipe], "recipes")
+        return [recipe for page in pages for recipe in page.items]
 
     def predict(
         self,
@@ -386,16 +419,22 @@ class Skipline:
             if after is None:
                 return
 
-    def _ask(
+    def _ask(self, kind: type[DocumentT], method: str, path: str, **request: Any) -> DocumentT:
+        response = self._answer(method, path, **request)
+        try:
+            return kind.model_validate_json(response.content)
+        except ValidationError:
+            raise self._stranger(response) from None
+
+    def _answer(
         self,
-        kind: type[DocumentT],
         method: str,
         path: str,
         *,
         params: Mapping[str, Any] | None = None,
         expected: Sequence[int] = (200, 201, 202),
         **body: Any,
-    ) -> DocumentT:
+    ) -> httpx2.Response:
         query = {key: value for key, value in (params or {}).items() if value is not None}
         try:
             response = self._http.request(method, path, params=query, **body)
@@ -403,10 +442,7 @@ class Skipline:
             raise ServerUnreachable(self.url, _reason(error)) from error
         if response.status_code not in expected:
             raise self._refusal(response)
-        try:
-            return kind.model_validate_json(response.content)
-        except ValidationError:
-            raise self._stranger(response) from None
+        return response
 
     def _refusal(self, response: httpx2.Response) -> SkiplineError:
         """The error that an answer other than 2xx stands for."""
@@ -439,6 +475,13 @@ def _reason(error: httpx2.TransportError) -> str:
 
 def _segment(value: str) -> str:
     return quote(value, safe="")
+
+
+def _training(
+    spec: TrainSpec | Mapping[str, Any] | None, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    given = _as_written(spec) if isinstance(spec, TrainSpec) else dict(spec or {})
+    return {"kind": "train", **given, **settings}
 
 
 def _as_written(spec: TrainSpec | EvaluateSpec) -> dict[str, Any]:

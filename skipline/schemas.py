@@ -29,6 +29,8 @@ class JobKind(StrEnum):
     train = "train"
     evaluate = "evaluate"
     ingest = "ingest"
+    dry_run = "dry_run"
+    """Has the spec of a training; measures what it would cost."""
 
 
 class JobStatus(StrEnum):
@@ -150,6 +152,17 @@ class EndEvent(StreamEvent):
     status: JobStatus
 
 
+class Event(Document):
+    """Something that happened to a job; `id` is its number within the job, from 1."""
+
+    id: int
+    time: Time
+    level: Literal["info", "warning", "error"]
+    type: str
+    message: str
+    data: dict[str, Any]
+
+
 class Checkpoint(Document):
     """A stored state of a model; its id can be used wherever a model is asked for."""
 
@@ -194,6 +207,29 @@ class Report(Document):
     confusion: list[list[int]]
 
 
+class LayerSummary(Document):
+    """One layer of a network; `output_shape` is that of one image: [K, h, w] or [K]."""
+
+    name: str
+    type: str
+    output_shape: list[int]
+    num_parameters: int
+
+
+class Summary(Document):
+    """A network, layer by layer in the order in which an image passes them.
+
+    `multiply_adds`: of convolutions and linear layers, for one image. `forward_bytes`: the outputs
+    of all layers for one image in float32, about what a step of training keeps of each image.
+    """
+
+    layers: list[LayerSummary]
+    num_parameters: int
+    num_trainable_parameters: int
+    multiply_adds: int
+    forward_bytes: int
+
+
 class SplitInfo(Document):
     """`per_class` follows the order of the dataset's `classes`."""
 
@@ -213,7 +249,9 @@ class Problem(Document):
 
 class Dataset(Document):
     """An immutable dataset. `image_size` is what training uses by default, in pixels;
-    `channel_mean` and `channel_std` are of the training split, scaled to [0, 1]."""
+    `channel_mean` and `channel_std` are of all pixels of the training split, scaled to [0, 1];
+    `channel_image_std` is the mean of its images' own deviations, unknown of a dataset that was
+    brought in before it was measured."""
 
     id: str
     name: str
@@ -224,6 +262,7 @@ class Dataset(Document):
     image_size: int
     channel_mean: list[float]
     channel_std: list[float]
+    channel_image_std: list[float] | None = None
     problems: list[Problem]
     created_at: Time
 
@@ -254,6 +293,17 @@ class Architecture(Document):
     batch_norm: bool
     min_image_size: dict[str, int]
     description: str
+
+
+class Recipe(Document):
+    """A named training. `spec` holds the keys that it sets; all others have their defaults, and
+    what a request gives beside `recipe` wins."""
+
+    name: str
+    description: str
+    source: str
+    dataset: str
+    spec: dict[str, Any]
 
 
 class LabelProbability(Document):

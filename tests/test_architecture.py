@@ -28,7 +28,13 @@ BASE_INSTALL = (
 )
 """What `skipline` may need when it is imported; anything else only inside a function."""
 TORCH = ("torch", "torchvision", "safetensors.torch")
-VOCABULARY = ("skipline.specs", "skipline.catalog", "skipline.schemas")
+VOCABULARY = (
+    "skipline.specs",
+    "skipline.recipes",
+    "skipline.catalog",
+    "skipline.schemas",
+    "skipline.plots",
+)
 
 
 @dataclass(frozen=True)
@@ -153,6 +159,7 @@ PLANTED = {
         "from api.server import serve",
     ),
     "the vocabulary imports the client": ("skipline/specs.py", "from skipline.client import X"),
+    "the pictures know files": ("skipline/plots.py", "from skipline.cli.plot import X"),
     "shared imports the API": ("shared/storage.py", "from api import problems"),
     "shared imports the worker": ("shared/storage.py", "def f():\n    import worker.tasks"),
     "shared imports the client": ("shared/storage.py", "from skipline import Skipline"),

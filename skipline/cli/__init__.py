@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from skipline import server_commands
-from skipline.cli import datasets, demo, evaluate, jobs, metrics, predict, train
+from skipline.cli import datasets, demo, evaluate, jobs, metrics, predict, recipes, summary, train
 from skipline.cli.output import exit_code, print_error
 from skipline.client import SkiplineError
 
@@ -58,6 +58,8 @@ app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.add_typer(jobs.app, name="jobs")
 app.command("metrics")(metrics.metrics)
+app.command("summary")(summary.summary)
+app.command("recipes")(recipes.recipes)
 app.command("predict")(predict.predict)
 app.add_typer(datasets.app, name="datasets")
 app.command("demo")(demo.demo)

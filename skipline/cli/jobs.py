@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any
 
 import typer
@@ -14,8 +13,9 @@ from skipline.cli.output import (
     format_age,
     format_bytes,
     format_duration,
-    format_metric,
+    format_kind,
     format_percent,
+    format_result,
     format_status,
     make_grid,
     make_table,
@@ -25,10 +25,12 @@ from skipline.cli.output import (
 from skipline.cli.report import render_report
 from skipline.cli.watch import watch_to_exit
 from skipline.client import Skipline
-from skipline.schemas import Checkpoint, Job, JobKind, JobStatus, Page
+from skipline.schemas import Checkpoint, Event, Job, JobKind, JobStatus, Page
 
 app = typer.Typer(help="See and steer jobs.", invoke_without_command=True)
 
+NUM_EVENTS_SHOWN = 8
+LEVEL_STYLES = {"warning": "yellow", "error": "red"}
 JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="The job's id.")]
 
 
@@ -58,7 +60,11 @@ def ls(
                 format_status(job.status),
                 _progress(job),
                 format_age(job.created_at),
-                Text(f"{job.kind}: {job.name or _subject(job)}", no_wrap=True, overflow="ellipsis"),
+                Text(
+                    f"{format_kind(job.kind)}: {job.name or _subject(job)}",
+                    no_wrap=True,
+                    overflow="ellipsis",
+                ),
             )
         stdout().print(table)
     else:
@@ -76,7 +82,7 @@ def _progress(job: Job) -> str:
 def _subject(job: Job) -> str:
     """What a job without a name is about."""
     parts = [job.spec.get("dataset") or job.spec.get("path")]
-    if job.kind is JobKind.train:
+    if job.kind in (JobKind.train, JobKind.dry_run):
         parts.insert(0, job.spec["model"]["arch"])
     return " on ".join(str(part) for part in parts if part)
 
@@ -101,16 +107,17 @@ def show(
             print_json(job)
             return
         checkpoints = client.checkpoints(job_id) if job.kind is JobKind.train else []
-    _print_job(job, checkpoints)
+        events = client.events(job_id)
+    _print_job(job, checkpoints, events[-NUM_EVENTS_SHOWN:])
 
 
-def _print_job(job: Job, checkpoints: list[Checkpoint]) -> None:
+def _print_job(job: Job, checkpoints: list[Checkpoint], events: list[Event]) -> None:
     console = stdout()
     grid = make_grid()
     grid.add_row("job", Text(job.id, style="bold"))
     if job.name:
         grid.add_row("name", job.name)
-    grid.add_row("kind", job.kind.value)
+    grid.add_row("kind", format_kind(job.kind))
     status = format_status(job.status)
     if job.queue_position is not None:
         status.append(f"  no. {job.queue_position} in the queue", style="dim")
@@ -128,18 +135,26 @@ def _print_job(job: Job, checkpoints: list[Checkpoint]) -> None:
         grid.add_row("error", Text(f"{job.error.code}: {job.error.message}", style="red"))
         grid.add_row("hint", job.error.hint)
     for key, value in (job.result or {}).items():
-        grid.add_row(key.replace("_", " "), _result_value(key, value))
+        grid.add_row(key.replace("_", " "), format_result(key, value))
     grid.add_row("spec", _spec_text(job.spec))
     console.print(grid)
     if checkpoints:
         console.print()
         console.print(_checkpoint_table(checkpoints))
+    if events:
+        console.print()
+        console.print(_event_table(events))
 
 
-def _result_value(key: str, value: Any) -> str:
-    if isinstance(value, float):
-        return format_metric(key, value)
-    return value if isinstance(value, str) else json.dumps(value)
+def _event_table(events: list[Event]) -> Any:
+    table = make_table("when", "what", "~message")
+    for event in events:
+        table.add_row(
+            format_age(event.time),
+            Text(event.type, style=LEVEL_STYLES.get(event.level, "")),
+            event.message,
+        )
+    return table
 
 
 def _spec_text(spec: dict[str, Any]) -> str:

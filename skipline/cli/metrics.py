@@ -17,8 +17,9 @@ from skipline.cli.output import (
     sparkline,
     stdout,
 )
-from skipline.cli.plot import plot_metrics
+from skipline.cli.plot import plot_metrics, write_picture
 from skipline.client import Skipline
+from skipline.plots import title_of
 from skipline.schemas import Metrics
 
 SERIES = (
@@ -43,6 +44,12 @@ def metrics(
     plot: Annotated[
         Path | None, typer.Option(dir_okay=False, help="Draw the curves to this file (.png, .svg).")
     ] = None,
+    samples: Annotated[
+        Path | None,
+        typer.Option(
+            dir_okay=False, help="Write images that it is trained on to this file (.png)."
+        ),
+    ] = None,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print all points as CSV.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -53,22 +60,18 @@ def metrics(
     with Skipline() as client:
         found = client.metrics(job_id, names=wanted)
         if plot is not None:
-            plot_metrics(found, plot, title=_title(client, job_id))
+            plot_metrics(found, plot, title_of(client.job(job_id)))
+        if samples is not None:
+            write_picture(samples, client.plot(job_id, "samples"))
     if as_csv:
         _write_csv(found)
     elif as_json:
         print_json(found)
-    elif plot is not None:
-        stdout().print(f"Wrote {plot}", soft_wrap=True)
+    elif plot is not None or samples is not None:
+        written = " and ".join(str(path) for path in (plot, samples) if path is not None)
+        stdout().print(f"Wrote {written}", soft_wrap=True)
     else:
         _print_table(found)
-
-
-def _title(client: Skipline, job_id: str) -> str:
-    job = client.job(job_id)
-    arch = job.spec.get("model", {}).get("arch", job.kind.value)
-    subject = f"{arch} on {job.spec.get('dataset')}"
-    return f"{job.name}: {subject}" if job.name else subject
 
 
 def _write_csv(found: Metrics) -> None:

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from skipline.client import ServerUnreachable, SkiplineError
-from skipline.schemas import Job, JobStatus
+from skipline.schemas import Job, JobKind, JobStatus
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
@@ -112,6 +112,10 @@ def format_status(status: JobStatus) -> Text:
     return Text(status.value, style=STATUS_STYLES.get(status, "magenta"))
 
 
+def format_kind(kind: JobKind) -> str:
+    return kind.value.replace("_", " ")
+
+
 def format_percent(fraction: float) -> str:
     return f"{fraction:.1%}".replace("%", " %")
 
@@ -154,13 +158,23 @@ def format_metric(name: str, value: float) -> str:
     """A value with the unit that its name implies."""
     if "top" in name or "accuracy" in name:
         return format_percent(value)
-    if name.endswith("_seconds"):
+    if name.endswith("_seconds") or name.startswith("seconds_per_"):
         return format_duration(value)
     if name.endswith("_bytes"):
         return format_bytes(int(value))
     if name == "images_per_second":
         return f"{value:,.0f}"
     return f"{value:.4f}" if 0.001 <= abs(value) < 1000 else f"{value:.3g}"
+
+
+def format_result(key: str, value: Any) -> str:
+    """A value of a job's result with the unit that its key implies."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return json.dumps(value)
+    is_bare = isinstance(value, int) and not key.endswith("_bytes")
+    return f"{value:,}" if is_bare else format_metric(key, value)
 
 
 def sparkline(values: Sequence[float], width: int = 20) -> str:

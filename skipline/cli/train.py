@@ -13,6 +13,10 @@ from skipline.client import Skipline
 
 
 def train(
+    recipe: Annotated[
+        str | None,
+        typer.Option("--recipe", "-r", help="A named training to start from: skipline recipes."),
+    ] = None,
     dataset: Annotated[
         str | None, typer.Option("--dataset", "-d", help="A built-in's name, an id or a name.")
     ] = None,
@@ -23,23 +27,26 @@ def train(
     name: Annotated[str | None, typer.Option(help="A name to find the job by.")] = None,
     spec: spec_input.SpecOption = None,
     assignments: spec_input.SetOption = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Measure what it would cost, instead of training.")
+    ] = False,
     watch: Annotated[
         bool, typer.Option("--watch/--no-watch", help="Stay and show the progress.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train a classifier on a dataset."""
+    """Train a classifier on a dataset. With --recipe, all else is optional and wins over it."""
     document = {"kind": "train", **spec_input.read_spec_file(spec)}
     if document["kind"] != "train":
         raise typer.BadParameter(f"{spec} is not the spec of a training")
-    options = {"dataset": dataset, "epochs": epochs, "name": name}
+    options = {"recipe": recipe, "dataset": dataset, "epochs": epochs, "name": name}
     document.update({key: value for key, value in options.items() if value is not None})
     if arch is not None:
         spec_input.assign(document, [f"model.arch={arch}"])
     spec_input.assign(document, assignments or [])
     spec_input.check(document)
     with Skipline() as client:
-        job = client.submit(document)
+        job = client.submit(document, dry_run=dry_run)
         if watch:
             watch_to_exit(client, job, as_json)
         else:

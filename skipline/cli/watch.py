@@ -22,9 +22,12 @@ from rich.text import Text
 from skipline.cli.output import (
     exit_unless_succeeded,
     format_duration,
+    format_kind,
     format_metric,
     format_percent,
+    format_result,
     format_status,
+    make_grid,
     print_json,
     print_json_line,
     print_sentence,
@@ -316,6 +319,11 @@ def _print_what_it_made(client: Skipline, job: Job) -> None:
         console.print(render_report(client.report(job.id)))
     elif job.kind is JobKind.ingest:
         console.print(f"Dataset {(job.result or {}).get('dataset_id')} is ready.", soft_wrap=True)
+    elif job.kind is JobKind.dry_run:
+        grid = make_grid()
+        for key, value in (job.result or {}).items():
+            grid.add_row(key.replace("_", " "), format_result(key, value))
+        console.print(grid)
     else:
         for what, command in (
             ("Classify", f"skipline predict IMAGE --model {job.id}"),
@@ -362,7 +370,7 @@ def _situation(job: Job) -> str:
 def _headline(job: Job) -> str:
     progress = job.progress
     if job.kind is not JobKind.train or progress is None:
-        return job.kind.value
+        return format_kind(job.kind)
     again = f" attempt {job.attempt}" if job.attempt > 1 else ""
     return f"{job.spec['model']['arch']}{again} epoch {progress.epoch}/{progress.num_epochs}"
 

@@ -29,7 +29,7 @@ from shared.tables import Base
 from shared.vision.architectures import build_model
 from shared.vision.bundle import Bundle, BundleDataset, write_bundle
 from shared.vision.preprocessing import Preprocessing
-from skipline.schemas import JobStatus
+from skipline.schemas import JobStatus, Report, Summary
 from skipline.specs import TrainSpec, load_spec
 
 PATIENCE_SECONDS = 20.0
@@ -210,6 +210,22 @@ class Attempt:
     def rewind(self, last_point: int, step: int) -> None:
         with self.worker.database.session_scope() as session:
             repository.rewind(session, self.fence, last_point=last_point, step=step, epoch=1)
+
+    def summarise(self, summary: Summary) -> None:
+        with self.worker.database.session_scope() as session:
+            repository.add_summary(session, self.fence, summary)
+
+    def picture(self, name: str, png: bytes) -> None:
+        with self.worker.database.session_scope() as session:
+            repository.add_picture(session, self.fence, name, png)
+
+    def report(self, report: Report) -> None:
+        with self.worker.database.session_scope() as session:
+            repository.add_report(session, self.fence.job_id, report)
+
+    def event(self, level: str, type_: str, message: str, **data: Any) -> None:
+        with self.worker.database.session_scope() as session:
+            repository.add_event(session, self.fence, level, type_, message, data)
 
     def finish(self, status: JobStatus = JobStatus.succeeded) -> None:
         with self.worker.database.session_scope() as session:

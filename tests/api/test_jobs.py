@@ -53,6 +53,9 @@ def test_a_submitted_job_is_stored_with_every_default_written_out(api: Any) -> N
         ('{"dataset": "digits", "name": "a\\u0000b"}', "name"),
         ('{"dataset": "digits", "name": "' + "n" * 300 + '"}', "name"),
         ('{"dataset": "digits", "kind": "ingest"}', "kind"),
+        ('{"recipe": "nothing", "dataset": "digits"}', "recipe"),
+        ('{"recipe": "cifar10_resnet18", "epochs": 0}', "epochs"),
+        ('{"recipe": "cifar10_resnet18", "dataset": "digits", "lr": 1}', "lr"),
         ("{}", "dataset"),
         ("[]", ""),
         ("null", ""),
@@ -165,7 +168,7 @@ def test_a_job_that_does_not_exist_is_not_found(
 ) -> None:
     stream = {"Accept": "text/event-stream"}
     for job_id in WEIRD_IDS:
-        for call in ("", "/metrics", "/checkpoints", "/report"):
+        for call in ("", "/metrics", "/checkpoints", "/report", "/summary", "/events"):
             assert_problem(api.get(f"/jobs/{job_id}{call}"), 404, "job_not_found")
         assert_problem(api.post(f"/jobs/{job_id}/cancel"), 404, "job_not_found")
         assert_problem(api.get(f"/jobs/{job_id}/metrics", headers=stream), 404, "job_not_found")
@@ -294,3 +297,150 @@ def test_a_report_is_there_once_the_job_has_succeeded(
         repository.add_report(session, job["id"], report)
     worker.claim().finish()
     assert api.get(f"/jobs/{job['id']}/report").json() == report.model_dump(mode="json")
+
+
+def test_a_recipe_fills_the_spec_in_and_what_is_given_beside_it_wins(api: Any) -> None:
+    response = api.post(
+        "/jobs",
+        json={"recipe": "cifar10_resnet18", "epochs": 30, "model": {"dropout": 0.5}},
+    )
+    assert response.status_code == 202
+    spec = response.json()["spec"]
+    assert (spec["recipe"], spec["dataset"], spec["epochs"]) == ("cifar10_resnet18", "cifar10", 30)
+    assert (spec["batch_size"], spec["optimizer"]["weight_decay"]) == (256, 1e-4)
+    assert spec["scheduler"]["name"] == "plateau"
+    assert spec["model"] | {"dropout": 0.5, "stem": "small", "init": "torch"} == spec["model"]
+
+
+def see(database: Any, worker_id: str, num_gpus: int) -> None:
+    with database.session_scope() as session:
+        repository.see_worker(session, worker_id, "host", num_gpus, num_cores=8)
+
+
+def test_what_no_worker_could_run_is_refused(
+    api: Any, database: Any, assert_problem: Callable[..., Any]
+) -> None:
+    pair = {"dataset": "digits", "resources": {"device": "cuda", "num_processes": 2}}
+    assert api.post("/jobs", json=pair).status_code == 202, "a job may be there first"
+    see(database, "w1", num_gpus=1)
+    document = assert_problem(api.post("/jobs", json=pair), 422, "invalid_spec")
+    assert [item["loc"] for item in document["errors"]] == ["resources.num_processes"]
+    see(database, "w2", num_gpus=2)
+    job = api.post("/jobs", json=pair).json()
+    with database.read_scope() as session:
+        stored = repository.get_job(session, job["id"])
+        assert (stored.device, stored.num_processes) == ("cuda", 2)
+
+
+def starting_from(reference: str, **model: Any) -> dict[str, Any]:
+    return {"dataset": "digits", "model": {"init_from": reference, **model}}
+
+
+def test_a_training_that_starts_from_a_model_keeps_that_models_checkpoint(
+    api: Any, worker: Any, database: Any
+) -> None:
+    training = api.submit()
+    attempt = worker.claim()
+    attempt.checkpoint(10)
+    job = api.post("/jobs", json=starting_from(training["id"])).json()
+    checkpoints = api.get(f"/jobs/{training['id']}/checkpoints").json()["items"]
+    [best] = [c["id"] for c in checkpoints if c["kind"] == "best"]
+    assert job["spec"]["model"]["init_from"] == best
+    attempt.checkpoint(20)
+    with database.session_scope() as session:
+        assert repository.get_job(session, job["id"]).checkpoint_id == best
+        assert repository.retire_checkpoints(session, training["id"], {"best": 1}) == []
+        assert repository.find_model(session, best).step == 10
+    again = api.post("/jobs", json=starting_from(best)).json()
+    assert again["spec"]["model"]["init_from"] == best
+
+
+def test_a_training_starts_only_from_a_model_that_fits(
+    api: Any, worker: Any, assert_problem: Callable[..., Any]
+) -> None:
+    def refused(body: dict[str, Any], code: str = "invalid_spec") -> None:
+        document = assert_problem(api.post("/jobs", json=body), 422, code)
+        assert [item["loc"] for item in document["errors"]] == ["model.init_from"]
+
+    refused(starting_from("nothing"), "model_not_found")
+    training = api.submit()
+    no_checkpoint = api.post("/jobs", json=starting_from(training["id"]))
+    assert_problem(no_checkpoint, 409, "no_checkpoint_yet")
+    worker.claim().checkpoint(10)
+    refused(starting_from(training["id"], arch="resnet34"))
+    refused(starting_from(training["id"], stem="imagenet"))
+    refused(starting_from(training["id"]) | {"image_size": 96})
+    for fitting in (
+        starting_from(training["id"], stem="small"),
+        starting_from(training["id"], stem="small") | {"image_size": 96},
+        starting_from("imagenet", stem="imagenet"),
+    ):
+        assert api.post("/jobs", json=fitting).status_code == 202
+
+
+def test_a_vgg_has_no_stem_that_could_differ(api: Any, worker: Any) -> None:
+    training = api.submit(model={"arch": "vgg11"})
+    worker.claim().checkpoint(10)
+    body = starting_from(training["id"], arch="vgg11") | {"image_size": 96}
+    assert api.post("/jobs", json=body).status_code == 202
+
+
+def test_a_dry_run_is_a_job_of_its_own_kind_with_the_spec_of_a_training(
+    api: Any, assert_problem: Callable[..., Any]
+) -> None:
+    response = api.post("/jobs", params={"dry_run": True}, json={"dataset": "digits"})
+    assert response.status_code == 202
+    job = response.json()
+    assert (job["kind"], job["spec"]["kind"], job["spec"]["image_size"]) == ("dry_run", "train", 32)
+    assert api.get("/jobs", params={"kind": "dry_run"}).json()["items"] == [job]
+    assert api.get("/jobs", params={"kind": "train"}).json()["items"] == []
+    plain = api.post("/jobs", params={"dry_run": False}, json={"dataset": "digits"})
+    assert plain.json()["kind"] == "train"
+    evaluation = {"kind": "evaluate", "model": "m", "dataset": "digits"}
+    refused = api.post("/jobs", params={"dry_run": True}, json=evaluation)
+    document = assert_problem(refused, 422, "invalid_input")
+    assert [item["loc"] for item in document["errors"]] == ["dry_run"]
+
+
+def test_the_summary_is_there_once_the_worker_wrote_it(
+    api: Any, worker: Any, assert_problem: Callable[..., Any]
+) -> None:
+    job = api.submit()
+    attempt = worker.claim()
+    assert_problem(api.get(f"/jobs/{job['id']}/summary"), 404, "summary_not_ready")
+    layer = {"name": "fc", "type": "Linear", "output_shape": [10], "num_parameters": 5130}
+    document = {
+        "layers": [layer],
+        "num_parameters": 5130,
+        "num_trainable_parameters": 0,
+        "multiply_adds": 5120,
+        "forward_bytes": 40,
+    }
+    attempt.summarise(schemas.Summary.model_validate(document))
+    assert api.get(f"/jobs/{job['id']}/summary").json() == document
+
+
+def test_events_are_numbered_and_go_on_after_a_number(
+    api: Any, worker: Any, assert_problem: Callable[..., Any]
+) -> None:
+    job = api.submit()
+    attempt = worker.claim()
+    attempt.event("info", "runtime", "Runs on cpu", device="cpu")
+    attempt.event("warning", "stalled", "No progress")
+    url = f"/jobs/{job['id']}/events"
+    page = api.get(url).json()
+    assert [(event["id"], event["type"], event["level"]) for event in page["items"]] == [
+        (1, "created", "info"),
+        (2, "runtime", "info"),
+        (3, "stalled", "warning"),
+    ]
+    assert page["items"][1]["data"] == {"device": "cpu"}
+    assert page["items"][0]["time"].endswith("Z")
+    assert page["next"] is None
+    first = api.get(url, params={"limit": 2}).json()
+    assert (first["items"], first["next"]) == (page["items"][:2], "2")
+    rest = api.get(url, params={"limit": 2, "after": first["next"]}).json()
+    assert (rest["items"], rest["next"]) == (page["items"][2:], None)
+    for cursor in ("nothing", "-1", "1" * 30, ""):
+        refused = api.get(url, params={"after": cursor})
+        assert assert_problem(refused, 422, "invalid_input")["errors"][0]["loc"] == "after"

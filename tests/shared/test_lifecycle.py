@@ -26,9 +26,11 @@ def add_job(database: Database, **keys: object) -> str:
         return repository.add_job(session, resolve(spec, BUILTIN_DATASETS["digits"])).id
 
 
-def claim(database: Database, owner: str = "w1", devices: tuple[str, ...] = CPU) -> Fence | None:
+def claim(
+    database: Database, owner: str = "w1", devices: tuple[str, ...] = CPU, num_gpus: int = 0
+) -> Fence | None:
     with database.session_scope() as session:
-        return lifecycle.claim(session, owner, "host", 60, devices)
+        return lifecycle.claim(session, owner, "host", 60, devices, num_gpus)
 
 
 def claimed(database: Database, owner: str = "w1") -> Fence:
@@ -111,9 +113,36 @@ def test_many_workers_at_once_claim_each_job_once(database: Database) -> None:
 def test_a_job_that_asks_for_a_gpu_waits_for_a_worker_that_has_one(database: Database) -> None:
     job_id = add_job(database, resources={"device": "cuda"})
     assert claim(database) is None
-    fence = claim(database, devices=("auto", "cuda"))
+    fence = claim(database, devices=("auto", "cuda"), num_gpus=1)
     assert fence is not None
     assert fence.job_id == job_id
+
+
+def test_a_job_of_several_processes_waits_for_as_many_gpus(database: Database) -> None:
+    pair = {"device": "cuda", "num_processes": 2}
+    wants_two, wants_one = add_job(database, resources=pair), add_job(database)
+    small = claim(database, "w1", ("auto", "cuda"), num_gpus=1)
+    assert small is not None
+    assert small.job_id == wants_one
+    assert claim(database, "w1", ("auto", "cuda"), num_gpus=1) is None
+    large = claim(database, "w2", ("auto", "cuda"), num_gpus=2)
+    assert large is not None
+    assert large.job_id == wants_two
+
+
+def test_on_the_cpu_processes_share_the_cores(database: Database) -> None:
+    job_id = add_job(database, resources={"device": "cpu", "num_processes": 4})
+    assert claimed(database).job_id == job_id
+
+
+@pytest.mark.parametrize("reason", ["early_stopping", "time_budget", None])
+def test_a_job_that_ended_early_says_why(database: Database, reason: str | None) -> None:
+    job_id = add_job(database)
+    fence = claimed(database)
+    with database.session_scope() as session:
+        lifecycle.finish(session, fence, JobStatus.succeeded, result={}, stop_reason=reason)
+    with database.read_scope() as session:
+        assert repository.get_job(session, job_id).stop_reason == reason
 
 
 def test_a_claim_raises_the_attempt_and_starts_the_clock_once(database: Database) -> None:

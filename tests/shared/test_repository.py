@@ -6,13 +6,24 @@ import threading
 from typing import Any
 
 import pytest
+from sqlalchemy import select, update
 
 from shared import lifecycle, repository
-from shared.database import Database
-from shared.errors import InvalidInput, ModelNotFound, NoCheckpointYet, UnknownDataset
-from shared.lifecycle import Fence
+from shared.database import Database, db_now
+from shared.errors import (
+    InvalidInput,
+    JobNotFound,
+    ModelNotFound,
+    NoCheckpointYet,
+    PictureNotReady,
+    SummaryNotReady,
+    UnknownDataset,
+)
+from shared.lifecycle import Fence, Superseded
 from shared.repository import NewPoint
-from skipline.catalog import BUILTIN_DATASETS, resolve
+from shared.tables import Worker
+from skipline import schemas
+from skipline.catalog import BUILTIN_DATASETS, ClusterFacts, resolve
 from skipline.schemas import JobKind, JobStatus
 from skipline.specs import EvaluateSpec, TrainSpec, dump_spec, load_spec, parse_request
 
@@ -201,6 +212,134 @@ def test_a_worker_sees_only_jobs_that_it_can_run(database: Database) -> None:
     with database.read_scope() as session:
         assert repository.num_queued(session) == 2
         assert repository.num_queued(session, ("auto", "cpu")) == 1
+        assert repository.num_queued(session, ("auto", "cuda"), num_gpus=1) == 2
+
+
+def test_a_job_that_asks_for_more_gpus_than_a_worker_has_is_none_of_its(database: Database) -> None:
+    add_job(database, resources={"device": "cuda", "num_processes": 2})
+    with database.read_scope() as session:
+        assert repository.num_queued(session, ("auto", "cuda"), num_gpus=1) == 0
+        assert repository.num_queued(session, ("auto", "cuda"), num_gpus=2) == 1
+
+
+def test_a_dry_run_is_a_job_with_the_spec_of_a_training(database: Database) -> None:
+    spec = parse_request({"dataset": "digits"})
+    assert isinstance(spec, TrainSpec)
+    with database.session_scope() as session:
+        resolved = resolve(spec, BUILTIN_DATASETS["digits"])
+        job = repository.add_job(session, resolved, kind=JobKind.dry_run)
+        document = repository.job_document(job, None)
+    assert (document.kind, document.spec["kind"]) == (JobKind.dry_run, "train")
+    assert isinstance(load_spec(document.spec), TrainSpec)
+
+
+SUMMARY = {
+    "layers": [{"name": "fc", "type": "Linear", "output_shape": [10], "num_parameters": 5130}],
+    "num_parameters": 5130,
+    "num_trainable_parameters": 5130,
+    "multiply_adds": 5120,
+    "forward_bytes": 40,
+}
+
+
+def test_a_later_attempt_replaces_the_summary_of_an_earlier_one(database: Database) -> None:
+    fence = running(database)
+    with database.read_scope() as session, pytest.raises(SummaryNotReady):
+        repository.get_summary(session, fence.job_id)
+    with database.read_scope() as session, pytest.raises(JobNotFound):
+        repository.get_summary(session, "nobody")
+    for multiply_adds in (1, 2):
+        summary = schemas.Summary.model_validate({**SUMMARY, "multiply_adds": multiply_adds})
+        with database.session_scope() as session:
+            repository.add_summary(session, fence, summary)
+        with database.read_scope() as session:
+            assert repository.get_summary(session, fence.job_id) == summary
+
+
+def test_a_later_attempt_replaces_the_picture_of_an_earlier_one(database: Database) -> None:
+    fence = running(database)
+    with database.read_scope() as session, pytest.raises(PictureNotReady):
+        repository.get_picture(session, fence.job_id, "samples")
+    with database.read_scope() as session, pytest.raises(JobNotFound):
+        repository.get_picture(session, "nobody", "samples")
+    for png in (b"\x89PNG one", b"\x89PNG \x00 two"):
+        with database.session_scope() as session:
+            repository.add_picture(session, fence, "samples", png)
+        with database.read_scope() as session:
+            assert repository.get_picture(session, fence.job_id, "samples") == png
+    with database.read_scope() as session, pytest.raises(PictureNotReady):
+        repository.get_picture(session, fence.job_id, "others")
+
+
+def test_a_replaced_attempt_stores_neither_summary_nor_picture(database: Database) -> None:
+    zombie = running(database)
+    with database.session_scope() as session:
+        lifecycle.release(session, zombie, "for a test")
+    summary = schemas.Summary.model_validate(SUMMARY)
+    with pytest.raises(Superseded), database.session_scope() as session:
+        repository.add_summary(session, zombie, summary)
+    with pytest.raises(Superseded), database.session_scope() as session:
+        repository.add_picture(session, zombie, "samples", b"late")
+    with database.read_scope() as session, pytest.raises(SummaryNotReady):
+        repository.get_summary(session, zombie.job_id)
+    with database.read_scope() as session, pytest.raises(PictureNotReady):
+        repository.get_picture(session, zombie.job_id, "samples")
+
+
+def see(database: Database, worker_id: str, num_gpus: int, seconds_ago: float = 0) -> None:
+    with database.session_scope() as session:
+        repository.see_worker(session, worker_id, "host", num_gpus, num_cores=8)
+        if seconds_ago:
+            seen = update(Worker).where(Worker.id == worker_id)
+            session.execute(seen.values(seen_at=db_now(-seconds_ago)))
+
+
+def facts(database: Database) -> ClusterFacts | None:
+    with database.read_scope() as session:
+        return repository.cluster_facts(session)
+
+
+def test_the_cluster_has_what_its_largest_living_worker_has(database: Database) -> None:
+    assert facts(database) is None
+    see(database, "large", 8, seconds_ago=70)
+    assert facts(database) is None
+    see(database, "small", 0)
+    assert facts(database) == ClusterFacts(max_gpus=0)
+    see(database, "medium", 2, seconds_ago=50)
+    assert facts(database) == ClusterFacts(max_gpus=2)
+
+
+def test_a_worker_has_one_row_however_often_it_is_seen(database: Database) -> None:
+    see(database, "w", 1, seconds_ago=50)
+    see(database, "w", 2)
+    with database.read_scope() as session:
+        [row] = session.scalars(select(Worker))
+        now = session.scalar(select(db_now()))
+    assert (row.host, row.num_gpus, row.num_cores) == ("host", 2, 8)
+    assert now is not None
+    assert (now - row.seen_at).total_seconds() < 40
+
+
+def test_a_worker_that_leaves_or_was_not_seen_for_an_hour_is_forgotten(database: Database) -> None:
+    see(database, "dead", 1, seconds_ago=3700)
+    see(database, "silent", 1, seconds_ago=3500)
+    see(database, "leaving", 1)
+    with database.session_scope() as session:
+        repository.forget_worker(session, "leaving")
+    with database.read_scope() as session:
+        assert set(session.scalars(select(Worker.id))) == {"silent"}
+
+
+def test_events_are_read_from_a_number_on(database: Database) -> None:
+    fence = running(database)
+    for number in (2, 3, 4):
+        with database.session_scope() as session:
+            repository.add_event(session, fence, "warning", "t", f"event {number}", {"n": number})
+    with database.read_scope() as session:
+        rows = repository.list_events(session, fence.job_id, after=1, limit=2)
+        documents = [repository.event_document(row) for row in rows]
+    assert [(event.id, event.message) for event in documents] == [(2, "event 2"), (3, "event 3")]
+    assert (documents[0].level, documents[0].type, documents[0].data) == ("warning", "t", {"n": 2})
 
 
 def test_two_workers_that_bring_in_the_same_images_at_once_agree(database: Database) -> None:

@@ -112,6 +112,54 @@ def report_document() -> dict[str, Any]:
     }
 
 
+def summary_document() -> dict[str, Any]:
+    """A convolution that is frozen, a pooling, and a linear layer."""
+    layers = [
+        ("conv1", "Conv2d", [64, 32, 32], 1728),
+        ("pool", "AvgPool2d", [64, 1, 1], 0),
+        ("fc", "Linear", [10], 650),
+    ]
+    keys = ("name", "type", "output_shape", "num_parameters")
+    return {
+        "layers": [dict(zip(keys, layer, strict=True)) for layer in layers],
+        "num_parameters": 2378,
+        "num_trainable_parameters": 650,
+        "multiply_adds": 1_770_112,
+        "forward_bytes": 262_656,
+    }
+
+
+def event_document(number: int, **changes: Any) -> dict[str, Any]:
+    return {
+        "id": number,
+        "time": TIME,
+        "level": "info",
+        "type": "created",
+        "message": f"Event {number}",
+        "data": {},
+    } | changes
+
+
+RECIPE = {
+    "name": "pets_resnet18",
+    "description": "ResNet-18 on pets",
+    "source": "ours",
+    "dataset": "pets",
+    "spec": {"dataset": "pets", "epochs": 3},
+}
+DRY_RUN_RESULT = {
+    "num_parameters": 11_173_962,
+    "multiply_adds": 555_422_720,
+    "peak_memory_bytes": 3_221_225_472,
+    "seconds_per_epoch": 75.2,
+    "checkpoint_bytes": 89_478_485,
+    "images_per_second": 664.9,
+    "device": "cpu",
+    "precision": "bf16",
+    "data_path": "mapped",
+}
+
+
 @dataclass
 class Server:
     """Routes are tried by method and path; what was asked is kept in order."""

@@ -11,6 +11,8 @@ from typer.testing import CliRunner, Result
 
 from skipline.cli import app, watch
 from tests.skipline.replay import (
+    DRY_RUN_RESULT,
+    RECIPE,
     TIME,
     Answer,
     Asked,
@@ -19,10 +21,12 @@ from tests.skipline.replay import (
     answer_json,
     answer_problem,
     event,
+    event_document,
     job_document,
     metric_event,
     point,
     report_document,
+    summary_document,
 )
 
 
@@ -89,6 +93,76 @@ def test_train_sends_options_over_assignments_over_the_file(server: Server, tmp_
     }
     assert "Job job-1 is queued, no. 2 in the queue." in result.output
     assert "skipline jobs watch job-1" in result.output
+
+
+def test_a_recipe_needs_neither_dataset_nor_network(server: Server) -> None:
+    server.on("POST /jobs", answer_json(job_document(), 202))
+    assert run("train", "--recipe", "cifar10_resnet18").exit_code == 0
+    assert run("train", "--recipe", "cifar10_resnet18", "--dataset", "own").exit_code == 0
+    assert [asked.json for asked in server.asked] == [
+        {"kind": "train", "recipe": "cifar10_resnet18"},
+        {"kind": "train", "recipe": "cifar10_resnet18", "dataset": "own"},
+    ]
+    assert {str(asked.query) for asked in server.asked} == {"{}"}
+
+
+def test_an_unknown_recipe_is_named_before_anything_is_sent(server: Server) -> None:
+    result = run("train", "--recipe", "nothing", "--dataset", "digits")
+    assert result.exit_code == 2
+    assert server.asked == []
+    assert "recipe  Unknown name; choose one of: cifar10_resnet18" in result.output
+
+
+def test_the_recipes_are_listed(server: Server) -> None:
+    page = {"items": [RECIPE], "next": None}
+    server.on("GET /recipes", answer_json(page))
+    lines = run("recipes").output.splitlines()
+    assert lines[1].split(maxsplit=2) == ["pets_resnet18", "pets", "ResNet-18 on pets"]
+    assert "skipline train --recipe NAME" in lines[-1]
+    assert json.loads(run("recipes", "--json").stdout) == page
+
+
+def test_a_dry_run_that_is_watched_prints_what_the_training_would_cost(server: Server) -> None:
+    dry_run = SUCCEEDED | {"kind": "dry_run", "result": DRY_RUN_RESULT}
+    server.on("POST /jobs", answer_json(job_document(kind="dry_run"), 202))
+    replay(server, dry_run)
+    result = run("train", "--dataset", "digits", "--dry-run", "--watch")
+    assert result.exit_code == 0
+    assert (server.asked[0].query, server.asked[0].json["kind"]) == ({"dry_run": "true"}, "train")
+    rows = [line.split("  ", 1) for line in result.output.splitlines()[2:]]
+    assert {key: value.strip() for key, value in rows} == {
+        "num parameters": "11,173,962",
+        "multiply adds": "555,422,720",
+        "peak memory bytes": "3.0 GiB",
+        "seconds per epoch": "1 min 15 s",
+        "checkpoint bytes": "85.3 MiB",
+        "images per second": "665",
+        "device": "cpu",
+        "precision": "bf16",
+        "data path": "mapped",
+    }
+
+
+def test_a_dry_run_as_json_is_the_job(server: Server) -> None:
+    document = job_document(kind="dry_run")
+    server.on("POST /jobs", answer_json(document, 202))
+    result = run("train", "--dataset", "digits", "--dry-run", "--json")
+    assert json.loads(result.stdout) == document
+
+
+def test_a_summary_is_a_row_a_layer_and_the_totals(server: Server) -> None:
+    server.on("GET /jobs/job-1/summary", answer_json(summary_document()))
+    rows = [line.split() for line in run("summary", "job-1").output.splitlines()]
+    assert rows[1] == ["conv1", "Conv2d", "64", "x", "32", "x", "32", "1,728"]
+    assert rows[2] == ["pool", "AvgPool2d", "64", "x", "1", "x", "1"]
+    assert rows[3] == ["fc", "Linear", "10", "650"]
+    assert rows[5:] == [
+        ["parameters", "2,378"],
+        ["of", "them", "frozen", "1,728"],
+        ["multiply-adds", "1,770,112", "an", "image"],
+        ["forward", "memory", "256.5", "KiB", "an", "image"],
+    ]
+    assert json.loads(run("summary", "job-1", "--json").stdout) == summary_document()
 
 
 def test_a_wrong_value_is_named_before_anything_is_sent(server: Server) -> None:
@@ -280,9 +354,17 @@ def test_lists_are_printed_as_json_on_request(server: Server) -> None:
 def test_a_job_is_shown_with_its_error_and_spec(server: Server) -> None:
     server.on("GET /jobs/job-1", answer_json(job_document(status="failed", error=FAILURE)))
     server.on("GET /jobs/job-1/checkpoints", answer_json({"items": [], "next": None}))
+    events = [event_document(number) for number in range(1, 10)]
+    events.append(event_document(10, level="error", type="failed"))
+    server.on("GET /jobs/job-1/events", answer_json({"items": events, "next": None}))
     output = run("jobs", "show", "job-1").output
     assert "nan_loss: The loss became NaN at step 3" in output
     assert "model: {arch: resnet18}" in output
+    last = [line.split()[-3:] for line in output.splitlines()[-8:]]
+    assert last == [
+        *(["created", "Event", str(number)] for number in range(3, 10)),
+        ["failed", "Event", "10"],
+    ]
 
 
 def test_metrics_are_a_table_csv_json_or_a_picture(server: Server, tmp_path: Path) -> None:
@@ -300,6 +382,21 @@ def test_metrics_are_a_table_csv_json_or_a_picture(server: Server, tmp_path: Pat
     picture = tmp_path / "out.png"
     assert run("metrics", "job-1", "--plot", str(picture)).exit_code == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_sample_images_are_written_as_the_server_sends_them(
+    server: Server, tmp_path: Path
+) -> None:
+    document = {"job_id": "job-1", "status": "running", "series": {}, "next": None}
+    server.on("GET /jobs/job-1/metrics", answer_json(document))
+    server.on("GET /jobs/job-1/plots/samples.png", Answer(b"png", 200, "image/png"))
+    picture = tmp_path / "out.png"
+    result = run("metrics", "job-1", "--samples", str(picture))
+    assert result.output == f"Wrote {picture}\n"
+    assert picture.read_bytes() == b"png"
+    refused = run("metrics", "job-1", "--samples", str(tmp_path / "missing" / "out.png"))
+    assert refused.exit_code == 1
+    assert "cannot be written" in refused.stderr
 
 
 def test_predictions_are_listed_from_the_likeliest(server: Server, tmp_path: Path) -> None:

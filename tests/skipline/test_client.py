@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from skipline import ServerUnreachable, Skipline, SkiplineError
-from skipline.schemas import EndEvent, JobStatus, MetricEvent, RewindEvent
+from skipline.schemas import EndEvent, JobKind, JobStatus, MetricEvent, RewindEvent
 from skipline.specs import AdamW, TrainSpec
 from tests.skipline.replay import (
+    RECIPE,
     TIME,
     Answer,
     Asked,
@@ -18,9 +19,11 @@ from tests.skipline.replay import (
     answer_json,
     answer_problem,
     event,
+    event_document,
     job_document,
     metric_event,
     report_document,
+    summary_document,
 )
 
 METRICS = "GET /jobs/job-1/metrics"
@@ -56,6 +59,26 @@ def test_a_spec_is_sent_as_it_was_written_with_the_names_of_its_variants(server:
         "dataset": "digits",
         "optimizer": {"name": "adamw", "lr": 0.01},
     }
+
+
+def test_a_recipe_is_enough_for_a_training(server: Server) -> None:
+    server.on("POST /jobs", answer_json(job_document(), 202))
+    with Skipline() as client:
+        client.train(recipe="cifar10_resnet18")
+        client.train({"recipe": "cifar10_resnet18"}, epochs=3)
+    assert [asked.json for asked in server.asked] == [
+        {"kind": "train", "recipe": "cifar10_resnet18"},
+        {"kind": "train", "recipe": "cifar10_resnet18", "epochs": 3},
+    ]
+    assert server.asked[0].query == {}
+
+
+def test_a_dry_run_takes_what_a_training_takes(server: Server) -> None:
+    server.on("POST /jobs", answer_json(job_document(kind="dry_run"), 202))
+    with Skipline() as client:
+        assert client.dry_run(TrainSpec(dataset="digits"), epochs=3).kind is JobKind.dry_run
+    assert server.asked[0].query == {"dry_run": "true"}
+    assert server.asked[0].json == {"kind": "train", "dataset": "digits", "epochs": 3}
 
 
 def test_the_key_is_sent_as_a_bearer_token(server: Server) -> None:
@@ -262,3 +285,36 @@ def test_reports_checkpoints_datasets_and_architectures_are_typed(server: Server
         assert client.checkpoints("job-1")[0].metrics["val_top1"] == 0.5
         assert client.datasets().items == []
         assert client.architectures()[0].min_image_size == {"small": 8}
+
+
+def test_summaries_recipes_and_pictures_are_typed(server: Server) -> None:
+    server.on("GET /jobs/job-1/summary", answer_json(summary_document()))
+    server.on("GET /recipes", answer_json({"items": [RECIPE], "next": None}))
+    server.on("GET /jobs/job-1/plots/loss.png", Answer(b"png", 200, "image/png"))
+    server.on("GET /jobs/job-1/plots/lr.png", Answer(b"<h1>", 200, "text/html"))
+    with Skipline() as client:
+        assert client.summary("job-1").layers[0].output_shape == [64, 32, 32]
+        assert client.recipes()[0].spec["epochs"] == 3
+        assert client.plot("job-1", "loss") == b"png"
+        with pytest.raises(SkiplineError, match="not Skipline's"):
+            client.plot("job-1", "lr")
+        with pytest.raises(SkiplineError, match="no such thing"):
+            client.plot("job-1", "nothing")
+
+
+def test_events_are_followed_to_the_last_page(server: Server) -> None:
+    server.on(
+        "GET /jobs/job-1/events",
+        in_turn(
+            answer_json({"items": [event_document(1), event_document(2)], "next": "2"}),
+            answer_json({"items": [event_document(3, level="warning")], "next": None}),
+        ),
+    )
+    with Skipline() as client:
+        events = client.events("job-1")
+    assert [(event.id, event.level) for event in events] == [
+        (1, "info"),
+        (2, "info"),
+        (3, "warning"),
+    ]
+    assert server.asked[1].query["after"] == "2"

@@ -8,9 +8,12 @@ from skipline.cli.output import (
     format_age,
     format_bytes,
     format_duration,
+    format_kind,
     format_metric,
+    format_result,
     sparkline,
 )
+from skipline.schemas import JobKind
 
 
 @pytest.mark.parametrize(
@@ -59,6 +62,28 @@ def test_ages_are_told_in_one_unit_and_old_ones_as_dates(seconds: int, text: str
 )
 def test_metrics_are_told_in_the_unit_of_their_name(name: str, value: float, text: str) -> None:
     assert format_metric(name, value) == text
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "text"),
+    [
+        ("num_parameters", 11_173_962, "11,173,962"),
+        ("peak_memory_bytes", 3 * 2**30, "3.0 GiB"),
+        ("seconds_per_epoch", 75.0, "1 min 15 s"),
+        ("images_per_second", 1204.4, "1,204"),
+        ("top1", 1.0, "100.0 %"),
+        ("device", "cpu", "cpu"),
+        ("best", True, "true"),
+        ("classes", ["a"], '["a"]'),
+        ("peak_memory_bytes", None, "null"),
+    ],
+)
+def test_results_are_told_in_the_unit_of_their_key(key: str, value: object, text: str) -> None:
+    assert format_result(key, value) == text
+
+
+def test_a_kind_is_told_in_words() -> None:
+    assert [format_kind(kind) for kind in (JobKind.train, JobKind.dry_run)] == ["train", "dry run"]
 
 
 def test_bytes_are_told_in_binary_units() -> None:

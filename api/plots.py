@@ -1,0 +1,75 @@
+"""`GET /jobs/{id}/plots/{name}.png`: a job's pictures. `skipline.plots` draws them."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Annotated, cast
+
+from fastapi import APIRouter, Path
+from fastapi.responses import Response
+
+from api import openapi
+from api.dependencies import JobId, Services, ServicesDep
+from api.thinning import thin
+from shared import repository
+from shared.errors import NotFound, PictureNotReady
+from skipline import plots, schemas
+
+router = APIRouter(tags=["jobs"])
+
+MAX_POINTS = 1000
+"""Of one series in a picture: about as many as it has columns of pixels."""
+CONFUSION, SAMPLES = "confusion", "samples"
+NAMES = (*plots.CURVES, CONFUSION, SAMPLES)
+
+
+@router.get(
+    "/jobs/{job_id}/plots/{name}.png",
+    summary="Draw a picture of a job",
+    response_class=Response,
+    responses=openapi.picture(problems=(404, 429)),
+)
+async def get_plot(
+    job_id: JobId,
+    name: Annotated[str, Path(json_schema_extra={"enum": list(NAMES)})],
+    services: ServicesDep,
+) -> Response:
+    """`loss`, `accuracy` and `lr` over the steps so far; the `confusion` matrix of the report; and
+    `samples`, images as the training sees them. 404 until there is something to show."""
+    if name not in NAMES:
+        raise NotFound(f"There is no such plot; choose one of: {', '.join(NAMES)}")
+    png = await services.drawing.run(partial(_plot, services, job_id, name))
+    return Response(png, media_type=openapi.PNG)
+
+
+def _plot(services: Services, job_id: str, name: str) -> bytes:
+    with services.database.read_scope() as session:
+        job = repository.job_document(repository.get_job(session, job_id), None)
+        if name == SAMPLES:
+            return repository.get_picture(session, job_id, name)
+        if name == CONFUSION:
+            report = repository.get_report(session, job_id)
+            return plots.draw_confusion(report, plots.title_of(job))
+    curve = cast(plots.CurveName, name)
+    try:
+        return plots.draw_plot(curve, _metrics(services, job, curve), plots.title_of(job))
+    except plots.NothingToDraw as error:
+        raise PictureNotReady(str(error)) from None
+
+
+def _metrics(services: Services, job: schemas.Job, name: plots.CurveName) -> schemas.Metrics:
+    """The series that a picture shows, read in parts and thinned as they come."""
+    series: dict[str, list[schemas.MetricPoint]] = {}
+    last: int | None = 0
+    with services.database.read_scope() as session:
+        while last is not None:
+            part, last = repository.series(
+                session,
+                job.id,
+                names=plots.CURVES[name],
+                after=last,
+                limit=services.settings.max_metric_points,
+            )
+            for key, points in part.items():
+                series[key] = thin(series.get(key, []) + points, MAX_POINTS)
+    return schemas.Metrics(job_id=job.id, status=job.status, series=series, next=None)
