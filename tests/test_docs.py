@@ -25,6 +25,7 @@ from PIL import Image
 from shared.lifecycle import TRANSITIONS
 from shared.settings import Settings
 from skipline.cli import app as command_line
+from skipline.recipes import RECIPES
 from tests.e2e.conftest import Service
 
 ROOT = Path(__file__).parent.parent
@@ -40,6 +41,7 @@ NOT_RUN = {
         "export SKIPLINE_DATABASE_URL=postgresql://skipline:secret@db.example/skipline",
     ): "names servers that do not exist",
     ("docs/operations.md", "cp .env.example .env"): "needs a Docker engine",
+    ("docs/recipes.md", "skipline train --recipe cifar10_resnet18"): "downloads CIFAR-10",
     (
         "docs/operations.md",
         "docker compose exec postgres pg_dump --username=skipline --file=/tmp/backup.sql skipline",
@@ -239,12 +241,26 @@ def test_the_picture_of_the_states_is_the_table_of_transitions() -> None:
     assert arrows == {(str(a), str(b)) for a, targets in TRANSITIONS.items() for b in targets}
 
 
+def test_the_list_of_recipes_is_complete_and_right() -> None:
+    row = r"^\| `(\w+)` \| .+? \| .+? \| (\d+) \| (\d+) \|"
+    rows = re.findall(row, read("docs/recipes.md"), re.MULTILINE)
+    shown = {name: (int(size), int(epochs)) for name, size, epochs in rows}
+    assert shown == {
+        name: (
+            recipe.spec.get("image_size", recipe.dataset_image_size),
+            recipe.spec["epochs"],
+        )
+        for name, recipe in RECIPES.items()
+    }
+
+
 def test_every_error_code_that_is_explained_exists() -> None:
     code = "".join(
         path.read_text() for part in ("shared", "worker") for path in (ROOT / part).rglob("*.py")
     )
     text = read("docs/operations.md") + read("docs/datasets.md") + read("docs/lifecycle.md")
-    tables = re.findall(r"^\| `(\w+)` \|", read("docs/datasets.md"), re.MULTILINE)
+    with_codes = read("docs/datasets.md") + read("docs/training.md").partition("## Errors")[2]
+    tables = re.findall(r"^\| `(\w+)` \|", with_codes, re.MULTILINE)
     codes = {name for name in tables if "_" in name} | set(
         re.findall(r"`error.code` is `(\w+)`", text)
     )

@@ -129,6 +129,10 @@ class DatabaseSink:
 
     # Writing
 
+    def flush(self) -> None:
+        """Writes what has gathered. Raises `Superseded`."""
+        self.persist(self._write_gathered)
+
     def finish(self, write: Callable[[Session], T]) -> T:
         """Writes what has gathered and, in the same transaction, what `write` does.
 
@@ -184,7 +188,7 @@ class DatabaseSink:
     def _flush_loop(self) -> None:
         while not self._closing.wait(FLUSH_SECONDS):
             try:
-                self.persist(self._write_gathered)
+                self.flush()
             except Superseded:
                 self._control.request = "cancel"  # There is nobody left to write for.
                 return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -15,13 +15,14 @@ from torch.nn import functional
 from shared.vision.bundle import Bundle, Weights, restore_model
 from shared.vision.preprocessing import Normalizer
 from skipline.schemas import ClassReport, Report
-from worker.engine.data import ArrayData, DeviceData
+from worker.engine.data import DeviceData, Rows, SplitData
+from worker.engine.distributed import ALONE, Ranks
 from worker.engine.runtime import Runtime, typed_failures
 
 TOP_K = 5
 """`top5` counts the best min(5, num_classes) answers."""
 
-BeforeBatch = Callable[[int, int], None]
+BeforeBatch = Callable[[int, int], object]
 """Called before each batch with the number of batches done and in all; may raise to end early."""
 
 
@@ -56,33 +57,75 @@ def evaluate(
     *,
     batch_size: int,
     before_batch: BeforeBatch,
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
-    """Runs the model in eval mode over all images, the ragged last batch included, and leaves it
-    in the mode it was in. The device is read once, at the end."""
-    num_batches = -(-len(data) // batch_size)
-    was_training = model.training
+    """Runs the model in eval mode over all images and leaves its parts in the mode they were in.
+
+    All batches have one shape, `batch_size` or a little less: the last is filled up and what was
+    added is cut off again. Each rank takes an equal share, and all of them get the whole result.
+    The device is read once, at the end. Out of memory, it tries again with half a batch.
+    """
+    modes = {module: module.training for module in model.modules()}
     model.eval()
-    results = []
     try:
-        with torch.inference_mode():
-            for done, batch in enumerate(data.batches(np.arange(len(data)), batch_size)):
-                before_batch(done, num_batches)
-                with runtime.autocast():
-                    logits = model(normalize(batch.images)).float()
-                losses = functional.cross_entropy(logits, batch.labels, reduction="none")
-                best = logits.topk(min(TOP_K, logits.shape[1]), dim=1).indices
-                hits = best == batch.labels[:, None]
-                results.append((batch.labels, best[:, 0], losses, hits.any(dim=1)))
-            columns = [torch.cat(column).cpu().numpy() for column in zip(*results, strict=True)]
+        while True:
+            try:
+                columns = _answers(model, data, normalize, runtime, batch_size, before_batch, ranks)
+                break
+            except torch.OutOfMemoryError:
+                if ranks.size > 1 or batch_size == 1:
+                    raise
+            torch.cuda.empty_cache()
+            batch_size //= 2
     finally:
-        model.train(was_training)
-    return Evaluation(*columns)
+        for module, was_training in modes.items():
+            module.training = was_training
+    shares = ranks.gather(columns)
+    return Evaluation(*(np.concatenate(parts) for parts in zip(*shares, strict=True)))
+
+
+def _answers(
+    model: nn.Module,
+    data: DeviceData,
+    normalize: Normalizer,
+    runtime: Runtime,
+    batch_size: int,
+    before_batch: BeforeBatch,
+    ranks: Ranks,
+) -> list[npt.NDArray[Any]]:
+    """The columns of an `Evaluation` for this rank's share of the images."""
+    samples, batches = even_batches(len(data), batch_size, ranks)
+    results = []
+    with torch.inference_mode():
+        for done, batch in enumerate(data.batches(batches)):
+            before_batch(done, len(batches))
+            with runtime.autocast():
+                logits = model(normalize(batch.images)).float()
+            losses = functional.cross_entropy(logits, batch.labels, reduction="none")
+            best = logits.topk(min(TOP_K, logits.shape[1]), dim=1).indices
+            hits = best == batch.labels[:, None]
+            results.append((batch.labels, best[:, 0], losses, hits.any(dim=1)))
+        return [
+            torch.cat(column)[: len(samples)].cpu().numpy() for column in zip(*results, strict=True)
+        ]
+
+
+def even_batches(num_samples: int, batch_size: int, ranks: Ranks) -> tuple[Rows, list[Rows]]:
+    """This rank's samples (int64 [n]), and the same in batches of one size, filled up with the
+    first sample. Every rank has as many batches."""
+    share = -(-num_samples // ranks.size)
+    samples = np.arange(ranks.rank * share, min((ranks.rank + 1) * share, num_samples))
+    num_batches = -(-share // batch_size)
+    length = -(-share // num_batches)
+    padded = np.zeros(num_batches * length, dtype=np.int64)
+    padded[: len(samples)] = samples
+    return samples, list(padded.reshape(num_batches, length))
 
 
 def evaluate_bundle(
     bundle: Bundle,
     weights: Weights,
-    data: ArrayData,
+    data: SplitData,
     runtime: Runtime,
     *,
     batch_size: int,

@@ -70,14 +70,22 @@ class Released(Interrupted):
     last one says it all."""
 
 
+Request = Literal["cancel", "release"]
+
+
 class Control:
     """A flag that another thread sets and training looks at before every batch."""
 
-    request: Literal["cancel", "release"] | None = None
+    request: Request | None = None
+
+    def look(self) -> Request | None:
+        """What is asked for now."""
+        return self.request
 
     def check(self) -> None:
         """Raises `Cancelled` or `Released` once asked to."""
-        if self.request == "cancel":
+        request = self.look()
+        if request == "cancel":
             raise Cancelled
-        if self.request == "release":
+        if request == "release":
             raise Released

@@ -8,15 +8,26 @@ from typing import Any
 import torch
 from torch import nn
 
-from skipline.specs import SGD, AdamW, Constant, Cosine, OptimizerSpec, Plateau, SchedulerSpec, Step
+from skipline.specs import (
+    SGD,
+    AdamW,
+    Constant,
+    Cosine,
+    OneCycle,
+    OptimizerSpec,
+    Plateau,
+    SchedulerSpec,
+    Step,
+)
 
 
 def build_optimizer(spec: OptimizerSpec, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of all parameters, in torch's fused form: one pass over memory, and the same
-    bits whether it was resumed or not."""
+    """The optimizer of all parameters that are trained, in torch's fused form: one pass over
+    memory, and the same bits whether it was resumed or not."""
+    groups = _groups(spec, model)
     if isinstance(spec, SGD):
         return torch.optim.SGD(
-            model.parameters(),
+            groups,
             lr=spec.lr,
             momentum=spec.momentum,
             nesterov=spec.nesterov,
@@ -25,13 +36,23 @@ def build_optimizer(spec: OptimizerSpec, model: nn.Module) -> torch.optim.Optimi
         )
     adam = torch.optim.AdamW if isinstance(spec, AdamW) else torch.optim.Adam
     return adam(
-        model.parameters(),
+        groups,
         lr=spec.lr,
         betas=(spec.beta1, spec.beta2),
         eps=spec.eps,
         weight_decay=spec.weight_decay,
         fused=True,
     )
+
+
+def _groups(spec: OptimizerSpec, model: nn.Module) -> list[dict[str, Any]]:
+    """Biases and the scales and shifts of norms are the parameters of one dimension."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if spec.decay_norm_and_bias:
+        return [{"params": trained}]
+    decayed = [parameter for parameter in trained if parameter.ndim > 1]
+    spared = [parameter for parameter in trained if parameter.ndim <= 1]
+    return [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -45,7 +66,8 @@ class Schedule:
     A linear warm-up ends at the full rate with its last step; then a cosine runs as torch's
     CosineAnnealingLR does. Milestones of `step` count epochs of the whole job, warm-up included.
     `plateau` follows torch's ReduceLROnPlateau in mode min and is told the validation loss by
-    `observe`; it starts to count after the warm-up, when a rate has been held.
+    `observe`; it starts to count after the warm-up, when a rate has been held. `one_cycle` is
+    torch's OneCycleLR over all steps of the run.
     """
 
     _THRESHOLD = 1e-4
@@ -59,7 +81,8 @@ class Schedule:
         self._spec = spec
         self._lr = lr
         self._steps_per_epoch = steps_per_epoch
-        self._warmup_steps = round(spec.warmup_epochs * steps_per_epoch)
+        warmup_epochs = 0.0 if isinstance(spec, OneCycle) else spec.warmup_epochs
+        self._warmup_steps = round(warmup_epochs * steps_per_epoch)
         self._num_steps = num_epochs * steps_per_epoch
         self._level = lr
         self._best = math.inf
@@ -88,6 +111,22 @@ class Schedule:
                 return self._lr * spec.gamma**passed
             case Plateau():
                 return self._level
+            case OneCycle():
+                return self._one_cycle(spec, steps_before)
+
+    def _one_cycle(self, spec: OneCycle, steps_before: int) -> float:
+        """The first step has lr / div_factor, the last the lowest rate of all."""
+        first = self._lr / spec.div_factor
+        peak_at = max(1.0, spec.pct_start * self._num_steps - 1)
+        if steps_before <= peak_at:
+            start, end, position = first, self._lr, steps_before / peak_at
+        else:
+            start, end = self._lr, first / spec.final_div_factor
+            length = max(1.0, self._num_steps - 1 - peak_at)
+            position = min(1.0, (steps_before - peak_at) / length)
+        if spec.anneal == "linear":
+            return start + (end - start) * position
+        return end + (start - end) * (1 + math.cos(math.pi * position)) / 2
 
     def observe(self, val_loss: float, step: int) -> bool:
         """Takes note of the validation after `step`; true if the rate was reduced."""

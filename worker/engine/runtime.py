@@ -11,19 +11,29 @@ from typing import Any, Literal
 import torch
 
 from shared.errors import TrainingError
+from worker.engine.data import DataPath
+
+Device = Literal["cpu", "cuda"]
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+
+_AUTOCAST: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Runtime:
     """The same runtime on the same type of machine gives the same bits.
 
-    `fp32` is IEEE's: TF32 stays off. `bf16` is autocast: weights and their updates stay float32.
+    `fp32` is IEEE's; `tf32` rounds the factors of a GPU's products to 10 bits. `bf16` and `fp16`
+    are autocast: weights and their updates stay float32.
     """
 
-    device: Literal["cpu", "cuda"]
-    precision: Literal["fp32", "bf16"]
+    device: Device
+    precision: Precision
     num_threads: int
-    """Threads of one operator on the CPU."""
+    """Threads of one operator on the CPU, in each process."""
+    data_path: DataPath = "mapped"
+    compile: bool = False
+    num_processes: int = 1
 
     def to_json(self) -> dict[str, Any]:
         """`Runtime(**document)` is its inverse."""
@@ -37,12 +47,13 @@ class Runtime:
         """Sets up this process: call it once, before anything is computed.
 
         Raises:
-            TrainingError: `device_not_available`, as when a job resumes on another machine.
+            TrainingError: `device_not_available`, `not_enough_gpus`, as when a job resumes on
+                another machine.
         """
-        _require(self.device)
+        require_device(self.device, self.num_processes)
         torch.set_num_threads(self.num_threads)
-        torch.backends.cuda.matmul.allow_tf32 = False
-        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = self.precision == "tf32"
+        torch.backends.cudnn.allow_tf32 = self.precision == "tf32"
         torch.backends.cudnn.benchmark = not deterministic
         if deterministic:  # cuBLAS reads its variable when it starts
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -50,35 +61,47 @@ class Runtime:
 
     def autocast(self) -> torch.autocast:
         """The context of a forward pass."""
-        return torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16")
+        dtype = _AUTOCAST.get(self.precision)
+        return torch.autocast(self.device, dtype or torch.bfloat16, enabled=dtype is not None)
 
 
-def choose_runtime(
-    precision: Literal["auto", "fp32", "bf16"],
-    device: Literal["auto", "cpu", "cuda"],
-    num_threads: int,
-) -> Runtime:
-    """What a spec's `precision` and `resources.device` mean on this machine.
-
-    `auto` takes CUDA where there is some; there bf16, on the CPU fp32.
+def choose_device(device: Literal["auto", "cpu", "cuda"], num_processes: int = 1) -> Device:
+    """What a spec's `resources` mean on this machine: `auto` takes CUDA where there is enough.
 
     Raises:
-        TrainingError: `device_not_available`.
+        TrainingError: `device_not_available`, `not_enough_gpus`.
     """
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    _require(device)
-    if precision == "auto":
-        precision = "bf16" if device == "cuda" else "fp32"
-    return Runtime(device, precision, num_threads)
+        device = "cuda" if torch.cuda.device_count() >= num_processes else "cpu"
+    require_device(device, num_processes)
+    return device
 
 
-def _require(device: str) -> None:
-    if device == "cuda" and not torch.cuda.is_available():
+def check_precision(precision: Precision, device: Device) -> None:
+    """Raises `TrainingError` `precision_not_supported` for what the device cannot do."""
+    if device == "cpu" and precision in ("tf32", "fp16"):
+        raise TrainingError(
+            "precision_not_supported",
+            f"{precision} needs a GPU and the job runs on the CPU",
+            "Set precision to auto, fp32 or bf16, or resources.device to cuda",
+        )
+
+
+def require_device(device: Device, num_processes: int) -> None:
+    """Raises as `choose_device` does."""
+    if device == "cpu":
+        return
+    if not torch.cuda.is_available():
         raise TrainingError(
             "device_not_available",
             "The job needs a CUDA GPU and this worker has none",
             "Set resources.device to auto or cpu, or start a worker on a machine with a GPU",
+        )
+    if torch.cuda.device_count() < num_processes:
+        raise TrainingError(
+            "not_enough_gpus",
+            f"The job needs {num_processes} GPUs and this worker has {torch.cuda.device_count()}",
+            "Lower resources.num_processes, or start a worker on a machine with more GPUs",
         )
 
 
@@ -90,8 +113,9 @@ def typed_failures() -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise TrainingError(
             "cuda_out_of_memory",
-            "The GPU's memory does not hold the network at this batch size",
-            "Halve batch_size (and optimizer.lr with it), or take a smaller image_size or network",
+            "The GPU's memory does not hold the network, into however small parts a batch is cut",
+            "Take a smaller image_size or network, or end what else uses the GPU. A batch is "
+            "halved as long as its parts are even: a power of two as batch_size goes furthest",
         ) from error
     except (RuntimeError, ValueError) as error:
         if "does not have a deterministic implementation" in str(error):

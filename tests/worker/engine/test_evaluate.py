@@ -8,8 +8,16 @@ import torch
 from torch import nn
 
 from shared.vision.preprocessing import Normalizer, Preprocessing
+from tests.worker.engine.tiny import Hungry
 from worker.engine.data import ArrayData, DeviceData
-from worker.engine.evaluate import Evaluation, build_report, confusion_matrix, evaluate
+from worker.engine.distributed import Ranks
+from worker.engine.evaluate import (
+    Evaluation,
+    build_report,
+    confusion_matrix,
+    evaluate,
+    even_batches,
+)
 from worker.engine.runtime import Runtime
 
 CPU = torch.device("cpu")
@@ -34,9 +42,11 @@ def reds(levels: list[float], labels: list[int]) -> DeviceData:
     return DeviceData(ArrayData(images, np.array(labels)), CPU)
 
 
-def run(data: DeviceData, num_classes: int, batch_size: int) -> Evaluation:
+def run(
+    data: DeviceData, num_classes: int, batch_size: int, model: nn.Module | None = None
+) -> Evaluation:
     return evaluate(
-        Brightest(num_classes),
+        model or Brightest(num_classes),
         data,
         Normalizer(BYTES, CPU),
         RUNTIME,
@@ -123,3 +133,59 @@ def test_a_report_says_what_was_worked_out_by_hand() -> None:
     ]
     assert [c.f1 for c in report.per_class] == pytest.approx([6 / 7, 0.5, 0, 0])
     assert report.confusion[1] == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "batch_size", "shapes"),
+    [(10, 4, [4, 4, 4]), (9, 4, [3, 3, 3]), (8, 4, [4, 4]), (7, 64, [7]), (1, 4, [1])],
+)
+def test_all_batches_have_one_shape(num_samples: int, batch_size: int, shapes: list[int]) -> None:
+    model = Hungry(Brightest(2), capacity=64)
+    evaluation = run(reds([0.1] * num_samples, [1] * num_samples), 2, batch_size, model)
+    assert model.sizes == shapes
+    assert len(evaluation.labels) == num_samples
+
+
+def test_what_fills_up_the_last_batch_does_not_count() -> None:
+    # It is filled up with the first image, the only wrong answer.
+    evaluation = run(reds([0.0, 0.1, 0.1], [1, 1, 1]), num_classes=2, batch_size=2)
+    assert evaluation.predicted.tolist() == [0, 1, 1]
+    assert evaluation.top1 == pytest.approx(2 / 3)
+    missed, hit = 10 + math.log1p(math.exp(-10)), math.log1p(math.exp(-10))
+    assert evaluation.loss == pytest.approx((missed + 2 * hit) / 3, rel=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("num_samples", [1, 2, 5, 7, 10, 12])
+def test_ranks_share_out_every_image_once(num_samples: int, size: int) -> None:
+    shares = [even_batches(num_samples, 2, Ranks(rank, size)) for rank in range(size)]
+    assert [i for samples, _ in shares for i in samples.tolist()] == list(range(num_samples))
+    for samples, batches in shares:
+        assert np.concatenate(batches)[: len(samples)].tolist() == samples.tolist()
+    # Every rank has as many batches, and all are of one size.
+    assert len({len(batches) for _, batches in shares}) == 1
+    assert len({len(batch) for _, batches in shares for batch in batches}) == 1
+    assert all(len(batch) <= 2 for _, batches in shares for batch in batches)
+
+
+def test_ranks_share_out_as_worked_out() -> None:
+    first, second = (even_batches(5, 2, Ranks(rank, 2)) for rank in range(2))
+    assert (first[0].tolist(), [b.tolist() for b in first[1]]) == ([0, 1, 2], [[0, 1], [2, 0]])
+    assert (second[0].tolist(), [b.tolist() for b in second[1]]) == ([3, 4], [[3, 4], [0, 0]])
+
+
+def test_out_of_memory_evaluation_tries_half_a_batch() -> None:
+    data = reds([0.0, 0.1, 0.2, 0.3, 0.4], [0, 1, 2, 3, 3])
+    whole = run(data, 5, batch_size=5)
+    model = Hungry(Brightest(5), capacity=1)
+    halved = run(data, 5, batch_size=5, model=model)
+    assert model.sizes == [1] * 5  # after five and two at once did not fit
+    np.testing.assert_array_equal(halved.predicted, whole.predicted)
+    np.testing.assert_allclose(halved.losses, whole.losses, rtol=1e-6)
+
+
+def test_a_single_image_that_does_not_fit_is_an_error_and_leaves_the_mode() -> None:
+    model = Hungry(Brightest(2), capacity=0).train()
+    with pytest.raises(torch.OutOfMemoryError):
+        run(reds([0.0, 0.1], [0, 1]), 2, batch_size=2, model=model)
+    assert model.training

@@ -1,12 +1,23 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import pytest
 import torch
 from torch import nn
 
-from skipline.specs import SGD, Adam, AdamW, Constant, Cosine, OptimizerSpec, Plateau, Step
+from skipline.specs import (
+    SGD,
+    Adam,
+    AdamW,
+    Constant,
+    Cosine,
+    OneCycle,
+    OptimizerSpec,
+    Plateau,
+    Step,
+)
 from worker.engine.optim import Schedule, build_optimizer, set_lr
 
 
@@ -142,3 +153,62 @@ def test_optimizers_update_as_torchs_plain_loops_do(spec: OptimizerSpec, theirs:
             optimizer.step()
     for mine, other in zip(ours_model.parameters(), their_model.parameters(), strict=True):
         torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize("anneal", ["cos", "linear"])
+@pytest.mark.parametrize(("num_epochs", "pct_start"), [(3, 0.3), (1, 0.25), (2, 0.9)])
+def test_one_cycle_equals_torchs(
+    anneal: Literal["cos", "linear"], num_epochs: int, pct_start: float
+) -> None:
+    num_steps = 10 * num_epochs
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3)
+    theirs = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer,
+        max_lr=0.3,
+        total_steps=num_steps,
+        pct_start=pct_start,
+        anneal_strategy=anneal,
+        cycle_momentum=False,
+        div_factor=10,
+        final_div_factor=100,
+    )
+    spec = OneCycle(pct_start=pct_start, div_factor=10, final_div_factor=100, anneal=anneal)
+    ours = Schedule(spec, 0.3, steps_per_epoch=10, num_epochs=num_epochs)
+    for step in range(1, num_steps + 1):
+        assert ours.lr(step) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
+        optimizer.step()
+        if step < num_steps:
+            theirs.step()
+
+
+def test_one_cycle_of_very_few_steps_is_finite_and_ends_low() -> None:
+    for num_steps in (1, 2, 3):
+        schedule = Schedule(OneCycle(), 1.0, steps_per_epoch=num_steps, num_epochs=1)
+        assert rates(schedule, num_steps)[0] == pytest.approx(1 / 25)
+        assert all(0 < rate <= 1 for rate in rates(schedule, num_steps))
+    assert rates(schedule, 3) == pytest.approx([1 / 25, 1, 1 / 25 / 1e4])
+
+
+def test_norms_and_biases_can_be_spared_the_decay() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    spec = SGD(weight_decay=0.01, decay_norm_and_bias=False)
+    groups = [
+        ([names[id(parameter)] for parameter in group["params"]], group["weight_decay"])
+        for group in build_optimizer(spec, model).param_groups
+    ]
+    assert groups == [
+        (["0.weight", "3.weight"], 0.01),
+        (["0.bias", "1.weight", "1.bias", "3.bias"], 0.0),
+    ]
+    (whole,) = build_optimizer(SGD(weight_decay=0.01), model).param_groups
+    assert (len(whole["params"]), whole["weight_decay"]) == (6, 0.01)
+
+
+@pytest.mark.parametrize("decay_norm_and_bias", [True, False])
+def test_what_is_frozen_is_not_in_the_optimizer(decay_norm_and_bias: bool) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    model[0].requires_grad_(False)
+    optimizer = build_optimizer(Adam(decay_norm_and_bias=decay_norm_and_bias), model)
+    held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    assert held == [id(model[1].weight), id(model[1].bias)]

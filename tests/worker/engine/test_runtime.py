@@ -1,48 +1,70 @@
 from __future__ import annotations
 
 import json
+from typing import Literal
 
 import pytest
 import torch
 from torch import nn
 
 from shared.errors import TrainingError
-from worker.engine.runtime import Runtime, choose_runtime, typed_failures
+from worker.engine.runtime import Runtime, check_precision, choose_device, typed_failures
 
 
-@pytest.fixture
-def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+@pytest.fixture(params=[0])
+def num_gpus(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """A machine with so many GPUs, by what torch says of it."""
+    count: int = request.param
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    return count
 
 
-@pytest.fixture
-def _a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+@pytest.mark.parametrize(
+    ("num_gpus", "num_processes", "device"),
+    [(0, 1, "cpu"), (1, 1, "cuda"), (2, 2, "cuda"), (1, 2, "cpu")],
+    indirect=["num_gpus"],
+)
+def test_auto_takes_gpus_where_there_are_enough(
+    num_gpus: int, num_processes: int, device: str
+) -> None:
+    assert choose_device("auto", num_processes) == device
 
 
-@pytest.mark.usefixtures("_no_gpu")
-def test_auto_is_fp32_on_the_cpu() -> None:
-    assert choose_runtime("auto", "auto", 3) == Runtime("cpu", "fp32", 3)
+@pytest.mark.parametrize("num_gpus", [1], indirect=True)
+def test_what_is_named_is_taken(num_gpus: int) -> None:
+    assert choose_device("cpu") == "cpu"
+    assert choose_device("cuda") == "cuda"
 
 
-@pytest.mark.usefixtures("_a_gpu")
-def test_auto_is_bf16_on_a_gpu() -> None:
-    assert choose_runtime("auto", "auto", 3) == Runtime("cuda", "bf16", 3)
-    assert choose_runtime("auto", "cpu", 3) == Runtime("cpu", "fp32", 3)
+@pytest.mark.parametrize(
+    ("num_gpus", "num_processes", "code"),
+    [(0, 1, "device_not_available"), (1, 2, "not_enough_gpus")],
+    indirect=["num_gpus"],
+)
+def test_gpus_that_are_not_there_are_a_typed_failure(
+    num_gpus: int, num_processes: int, code: str
+) -> None:
+    for fails in (
+        lambda: choose_device("cuda", num_processes),
+        lambda: Runtime("cuda", "bf16", 1, num_processes=num_processes).activate(),
+    ):
+        with pytest.raises(TrainingError) as caught:
+            fails()
+        assert caught.value.code == code
 
 
-@pytest.mark.usefixtures("_no_gpu")
-def test_what_is_named_is_taken() -> None:
-    assert choose_runtime("bf16", "cpu", 1) == Runtime("cpu", "bf16", 1)
-
-
-@pytest.mark.usefixtures("_no_gpu")
-def test_a_gpu_that_is_not_there_is_a_typed_failure() -> None:
+@pytest.mark.parametrize("precision", ["tf32", "fp16"])
+def test_what_the_cpu_cannot_compute_is_a_typed_failure(precision: Literal["tf32", "fp16"]) -> None:
+    check_precision(precision, "cuda")
     with pytest.raises(TrainingError) as caught:
-        choose_runtime("auto", "cuda", 1)
-    assert caught.value.code == "device_not_available"
-    with pytest.raises(TrainingError, match="CUDA"):
-        Runtime("cuda", "bf16", 1).activate()
+        check_precision(precision, "cpu")
+    assert caught.value.code == "precision_not_supported"
+
+
+def test_a_runtime_that_was_stored_before_there_were_more_choices_still_reads() -> None:
+    stored = {"device": "cpu", "precision": "bf16", "num_threads": 2}
+    assert Runtime(**stored) == Runtime("cpu", "bf16", 2, "mapped", False, 1)  # type: ignore[arg-type]
 
 
 def test_a_runtime_survives_json() -> None:

@@ -13,27 +13,26 @@ import torch
 from torch import nn
 
 from shared.errors import TrainingError
-from shared.vision.bundle import Bundle, BundleDataset, read_bundle, write_bundle
 from skipline.schemas import Progress
 from skipline.specs import TrainSpec
 from tests.worker.engine.tiny import (
     NUM_CLASSES,
     NUM_TRAIN,
     NUM_VAL,
-    PREPROCESSING,
     RUNTIME,
     Recorder,
     ReleaseAt,
     Run,
+    assert_same_run,
     run_fit,
+    through_files,
     tiny_model,
     tiny_spec,
 )
 from worker.engine import trainer
-from worker.engine.events import Cancelled, Control, Released, TrainingCheckpoint
-from worker.engine.resume import load_resume, save_resume
+from worker.engine.events import Cancelled, Control, Released
 from worker.engine.runtime import Runtime
-from worker.engine.trainer import Resume, new_model
+from worker.engine.trainer import new_model
 
 STEPS_PER_EPOCH = NUM_TRAIN // 4
 LOOKS_PER_EPOCH = STEPS_PER_EPOCH + math.ceil(NUM_VAL / 4)
@@ -53,21 +52,25 @@ PLATEAU = {
 }
 
 
-def through_files(checkpoint: TrainingCheckpoint, spec: TrainSpec, folder: Path) -> Resume:
-    """What another process finds of a checkpoint."""
-    bundle = Bundle(
-        spec=spec,
-        classes=("red", "green", "blue"),
-        preprocessing=PREPROCESSING,
-        dataset=BundleDataset(name="tiny", id="ds-1", hash="abc"),
-        epoch=checkpoint.epoch,
-        step=checkpoint.step,
-        metrics=dict(checkpoint.metrics),
-    )
-    folder.mkdir()
-    write_bundle(folder, bundle, checkpoint.weights)
-    save_resume(folder / "resume.pt", checkpoint.resume)
-    return Resume(read_bundle(folder)[1], load_resume(folder / "resume.pt"))
+EVERYTHING = {
+    "model": {"dropout": 0.3},
+    "augment": [
+        {"name": "random_crop", "padding": 1},
+        "horizontal_flip",
+        "rand_augment",
+        {"name": "cutout", "size": 2},
+        "mixup",
+        "cutmix",
+    ],
+    "optimizer": {"name": "sgd", "lr": 0.1, "momentum": 0.9, "decay_norm_and_bias": False},
+    "scheduler": {"name": "one_cycle", "pct_start": 0.4},
+    "loss": {"label_smoothing": 0.1},
+    "ema_decay": 0.9,
+    "gradient_clip_norm": 0.5,
+    "accumulate_steps": 2,
+    "early_stopping": {"patience": 2, "min_delta": 1000},
+    "epochs": 9,
+}
 
 
 def release_and_go_on(
@@ -83,12 +86,6 @@ def release_and_go_on(
             run_fit(spec, model=build(spec), sink=sink, control=control, resume=resume)
         resume = through_files(sink.checkpoints[-1], spec, folder / str(piece))
     return run_fit(spec, model=build(spec), sink=sink, resume=resume)
-
-
-def assert_same_run(run: Run, expected: Run) -> None:
-    assert all(torch.equal(run.weights[name], expected.weights[name]) for name in expected.weights)
-    assert run.sink.reproducible_points() == expected.sink.reproducible_points()
-    assert run.result == expected.result
 
 
 @pytest.fixture(scope="module")
@@ -137,10 +134,32 @@ def test_a_released_resnet_ends_with_the_bits_of_an_uninterrupted_one(
     def build(spec: TrainSpec) -> nn.Module:
         return new_model(spec, NUM_CLASSES)
 
-    spec = tiny_spec(**settings, epochs=2)
-    expected = run_fit(spec, model=build(spec))
-    looks = [4, LOOKS_PER_EPOCH + 1]
-    assert_same_run(release_and_go_on(spec, looks, tmp_path, build), expected)
+    spec = tiny_spec(**settings, epochs=1, batch_size=11)  # of two steps: one before, one after
+    expected = run_fit(spec, model=build(spec), num_val=3)
+    sink = Recorder()
+    with pytest.raises(Released):
+        run_fit(spec, model=build(spec), sink=sink, control=ReleaseAt(2), num_val=3)
+    torch.manual_seed(100)
+    resume = through_files(sink.checkpoints[-1], spec, tmp_path / "0")
+    again = run_fit(spec, model=build(spec), sink=sink, resume=resume, num_val=3)
+    assert_same_run(again, expected)
+
+
+@pytest.fixture(scope="module")
+def everything_run() -> Run:
+    return run_fit(tiny_spec(**EVERYTHING))
+
+
+@pytest.mark.parametrize(
+    "looks",
+    [[4], [LOOKS_PER_EPOCH + 1], [2 * LOOKS_PER_EPOCH + 4], [3, 2, 1, 5, 8, 2]],
+    ids=["within a log window", "between epochs", "within the last epoch", "many times"],
+)
+def test_a_released_run_with_all_there_is_ends_as_an_uninterrupted_one(
+    looks: list[int], everything_run: Run, tmp_path: Path
+) -> None:
+    assert (everything_run.result.epoch, everything_run.result.stop_reason) == (3, "early_stopping")
+    assert_same_run(release_and_go_on(tiny_spec(**EVERYTHING), looks, tmp_path), everything_run)
 
 
 def test_a_released_run_keeps_its_plateau(plateau_run: Run, tmp_path: Path) -> None:
@@ -361,7 +380,7 @@ def test_a_single_value_a_channel_is_a_typed_failure() -> None:
 
 def test_progress_is_told_at_most_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = itertools.count()
-    monkeypatch.setattr(trainer.time, "monotonic", lambda: next(ticks) / 4)
+    monkeypatch.setattr(trainer.time, "monotonic", lambda: next(ticks) / 8)
     run = run_fit(tiny_spec(epochs=2))
     told = run.sink.progresses
     assert 3 < len(told) < 2 * LOOKS_PER_EPOCH / 2

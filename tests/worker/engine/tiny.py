@@ -5,17 +5,21 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from shared.vision.bundle import Bundle, BundleDataset, read_bundle, write_bundle
 from shared.vision.preprocessing import Preprocessing
 from skipline.schemas import Progress
 from skipline.specs import TrainSpec
 from worker.engine.data import ArrayData
-from worker.engine.events import Control, TrainingCheckpoint
+from worker.engine.distributed import ALONE, Ranks
+from worker.engine.events import Control, Request, TrainingCheckpoint
+from worker.engine.resume import load_resume, save_resume
 from worker.engine.runtime import Runtime
 from worker.engine.trainer import FitResult, Resume, fit
 
@@ -45,6 +49,7 @@ class Recorder:
     points: list[tuple[str, int, int, float]] = field(default_factory=list)
     progresses: list[Progress] = field(default_factory=list)
     events: list[str] = field(default_factory=list)
+    event_data: list[Mapping[str, Any]] = field(default_factory=list)
     checkpoints: list[TrainingCheckpoint] = field(default_factory=list)
     on_checkpoint: Callable[[], None] = lambda: None
 
@@ -56,6 +61,7 @@ class Recorder:
 
     def event(self, level: str, kind: str, message: str, data: Mapping[str, Any]) -> None:
         self.events.append(kind)
+        self.event_data.append(data)
 
     def save_checkpoint(self, checkpoint: TrainingCheckpoint) -> None:
         weights = {name: weight.clone() for name, weight in checkpoint.weights.items()}
@@ -72,18 +78,28 @@ class Recorder:
         return [point for point in self.points if point[0] not in timed]
 
 
+class Ticking(Control):
+    """A clock that goes on by a second at each look."""
+
+    now = 0.0
+
+    def look(self) -> Request | None:
+        self.now += 1
+        return super().look()
+
+
 class ReleaseAt(Control):
     """Asks for a release (or else) at the n-th look, that is, before the n-th batch."""
 
-    def __init__(self, looks: int, request: str = "release") -> None:
+    def __init__(self, looks: int, request: Request = "release") -> None:
         self.looks_left = looks
         self.then = request
 
-    def check(self) -> None:
+    def look(self) -> Request | None:
         self.looks_left -= 1
         if self.looks_left == 0:
-            self.request = self.then  # type: ignore[assignment]
-        super().check()
+            self.request = self.then
+        return super().look()
 
 
 def tiny_spec(**options: Any) -> TrainSpec:
@@ -112,6 +128,36 @@ def tiny_model(spec: TrainSpec) -> nn.Module:
     )
 
 
+def plain_model(spec: TrainSpec) -> nn.Module:
+    """Without batch norm: what it makes of an image does not depend on those beside it."""
+    torch.manual_seed(spec.seed)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, kernel_size=3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Dropout(spec.model.dropout),
+        nn.Linear(16, NUM_CLASSES),
+    )
+
+
+class Hungry(nn.Module):
+    """A network that runs out of memory with more than `capacity` images at once."""
+
+    def __init__(self, network: nn.Module, capacity: int) -> None:
+        super().__init__()
+        self.network = network
+        self.capacity = capacity
+        self.sizes: list[int] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if len(x) > self.capacity:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        self.sizes.append(len(x))
+        answer: torch.Tensor = self.network(x)
+        return answer
+
+
 @dataclass
 class Run:
     result: FitResult
@@ -127,10 +173,35 @@ def run_fit(
     control: Control | None = None,
     resume: Resume | None = None,
     runtime: Runtime = RUNTIME,
+    num_val: int = NUM_VAL,
+    ranks: Ranks = ALONE,
 ) -> Run:
     sink = sink or Recorder()
     model = model or tiny_model(spec)
-    train, val = colored(NUM_TRAIN, seed=1), colored(NUM_VAL, seed=2)
+    train, val = colored(NUM_TRAIN, seed=1), colored(num_val, seed=2)
     control = control or Control()
-    result = fit(spec, model, train, val, PREPROCESSING, runtime, sink, control, resume)
+    result = fit(spec, model, train, val, PREPROCESSING, runtime, sink, control, resume, ranks)
     return Run(result, sink, model.state_dict())
+
+
+def assert_same_run(run: Run, expected: Run) -> None:
+    assert all(torch.equal(run.weights[name], expected.weights[name]) for name in expected.weights)
+    assert run.sink.reproducible_points() == expected.sink.reproducible_points()
+    assert run.result == expected.result
+
+
+def through_files(checkpoint: TrainingCheckpoint, spec: TrainSpec, folder: Path) -> Resume:
+    """What another process finds of a checkpoint."""
+    bundle = Bundle(
+        spec=spec,
+        classes=("red", "green", "blue"),
+        preprocessing=PREPROCESSING,
+        dataset=BundleDataset(name="tiny", id="ds-1", hash="abc"),
+        epoch=checkpoint.epoch,
+        step=checkpoint.step,
+        metrics=dict(checkpoint.metrics),
+    )
+    folder.mkdir()
+    write_bundle(folder, bundle, checkpoint.weights)
+    save_resume(folder / "resume.pt", checkpoint.resume)
+    return Resume(read_bundle(folder)[1], load_resume(folder / "resume.pt"))

@@ -1,0 +1,44 @@
+"""What each kind of job does: glue between datasets, engine, storage and database."""
+
+from __future__ import annotations
+
+from shared import repository
+from skipline.schemas import JobKind
+from skipline.specs import EvaluateSpec, IngestSpec, TrainSpec
+from worker.jobs.context import Context
+from worker.jobs.datasets import bring_in
+from worker.jobs.evaluation import evaluate
+from worker.jobs.training import dry_run, train
+
+__all__ = ["Context", "run"]
+
+
+def run(context: Context) -> None:
+    """Does the job and finishes it.
+
+    Raises:
+        Superseded: another attempt owns the job.
+        Cancelled, Released, worker.datasets.locks.Interrupted: it was asked to end.
+        TrainingError, AppError: it cannot be done.
+    """
+    remove_unregistered(context)
+    match context.spec:
+        case TrainSpec() as spec if context.job.kind == JobKind.dry_run:
+            dry_run(context, spec)
+        case TrainSpec() as spec:
+            train(context, spec)
+        case EvaluateSpec() as spec:
+            evaluate(context, spec)
+        case IngestSpec() as spec:
+            bring_in(context, spec)
+
+
+def remove_unregistered(context: Context) -> None:
+    """Deletes what an attempt before wrote and did not come to register."""
+    job_id = context.fence.job_id
+    with context.database.read_scope() as session:
+        registered = repository.registered_keys(session, job_id)
+    for prefix in (f"jobs/{job_id}", f"datasets/{job_id}"):
+        for key in context.storage.keys(prefix):
+            if key not in registered:
+                context.storage.delete(key)

@@ -1,0 +1,58 @@
+"""An attempt at a job, and all it works with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from shared import lifecycle, repository
+from shared.database import Database
+from shared.lifecycle import Fence
+from shared.settings import Settings
+from shared.storage import Storage
+from shared.tables import Job
+from skipline.schemas import JobStatus, Progress, Report
+from skipline.specs import AnySpec
+from worker.engine.events import Control
+from worker.sink import DatabaseSink
+
+
+@dataclass(frozen=True)
+class Context:
+    """Handed to whatever carries a job out."""
+
+    settings: Settings
+    database: Database
+    storage: Storage
+    fence: Fence
+    control: Control
+    sink: DatabaseSink
+    job: Job
+    spec: AnySpec
+
+    def should_stop(self) -> bool:
+        return self.control.request is not None
+
+    def show_images(self, done: int, total: int | None) -> None:
+        """Progress of a job whose steps are images."""
+        self.sink.progress(Progress(step=done, num_steps=total or done, epoch=1, num_epochs=1))
+
+    def succeed(
+        self, result: dict[str, Any], report: Report | None = None, stop_reason: str | None = None
+    ) -> None:
+        """Report, result and status become visible together."""
+
+        def write(session: Session) -> None:
+            if report is not None:
+                repository.add_report(session, self.fence.job_id, report)
+            lifecycle.finish(
+                session,
+                self.fence,
+                JobStatus.succeeded,
+                result=result,
+                stop_reason=stop_reason,
+            )
+
+        self.sink.finish(write)

@@ -1,0 +1,95 @@
+"""How good a stored checkpoint is on a split of a dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from shared import repository
+from shared.errors import CheckpointCorrupt, TrainingError
+from shared.tables import Checkpoint
+from shared.vision.bundle import Bundle, read_bundle
+from skipline.schemas import Report
+from skipline.specs import EvaluateSpec
+from worker.engine.data import SplitData
+from worker.engine.evaluate import Evaluation, build_report, evaluate_bundle
+from worker.engine.runtime import Runtime
+from worker.jobs.context import Context
+from worker.jobs.datasets import dataset_of, images_of
+from worker.jobs.plan import split_data
+from worker.jobs.runtime import evaluation_runtime, num_loaders
+
+
+def evaluate(context: Context, spec: EvaluateSpec) -> None:
+    """Measures a checkpoint on a split."""
+    dataset = dataset_of(context, spec.dataset)
+    with context.database.read_scope() as session:
+        checkpoint = repository.find_model(session, context.job.checkpoint_id or spec.model)
+    bundle, _ = bundle_of(context, checkpoint)
+    images = images_of(context, dataset, bundle.preprocessing.image_size, "auto")
+    assert spec.split is not None, "stored specs are resolved"
+    data = split_data(images, spec.split, num_loaders(context.settings))
+    runtime = evaluation_runtime(context, spec, checkpoint)
+    evaluation = evaluation_of(
+        context, checkpoint, data, runtime, spec.batch_size, context.show_images
+    )
+    report = build_report(
+        evaluation,
+        dataset.classes,
+        dataset=dataset.name,
+        dataset_id=dataset.id,
+        split=spec.split,
+        checkpoint_id=checkpoint.id,
+    )
+    context.succeed(result_of(report), report)
+
+
+def evaluation_of(
+    context: Context,
+    checkpoint: Checkpoint,
+    data: SplitData,
+    runtime: Runtime,
+    batch_size: int,
+    show: Callable[[int, int | None], None] = lambda done, total: None,
+) -> Evaluation:
+    """What the stored checkpoint, not a model in memory, says of these images; `show` is told how
+    many are done."""
+    bundle, weights = bundle_of(context, checkpoint)
+
+    def before_batch(done: int, total: int) -> None:
+        context.control.check()
+        show(done * batch_size, len(data))
+
+    evaluation = evaluate_bundle(
+        bundle, weights, data, runtime, batch_size=batch_size, before_batch=before_batch
+    )
+    show(len(data), len(data))
+    return evaluation
+
+
+def bundle_of(context: Context, checkpoint: Checkpoint) -> tuple[Bundle, dict[str, torch.Tensor]]:
+    """Raises `TrainingError` `checkpoint_corrupt`."""
+    try:
+        return read_bundle(context.storage.path(checkpoint.key))
+    except CheckpointCorrupt as error:
+        raise TrainingError(
+            error.code,
+            f"The checkpoint {checkpoint.id} is damaged: {error.detail}",
+            "Evaluate another checkpoint of its job, or train again",
+        ) from None
+
+
+def result_of(report: Report) -> dict[str, Any]:
+    """The figures of a report that a job's result repeats."""
+    return {
+        "checkpoint_id": report.checkpoint_id,
+        "dataset_id": report.dataset_id,
+        "split": report.split,
+        "num_samples": report.num_samples,
+        "loss": report.loss,
+        "top1": report.top1,
+        "top5": report.top5,
+        "mean_class_accuracy": report.mean_class_accuracy,
+    }
