@@ -20,9 +20,9 @@ from worker.engine.runtime import Device, Precision, Runtime
 
 BUDGET_SECONDS = 2.0
 MAX_ROUNDS = 5
-STEP_OPERATIONS = {"cpu": 15e9, "cuda": 3e12}
-"""Floating-point operations of one timed step: about a tenth of a second on a slow machine."""
-NUM_IMAGES = {"cpu": (2, 16), "cuda": (16, 256)}
+STEP_OPERATIONS = {"cpu": 30e9, "cuda": 3e12}
+"""Floating-point operations of one timed step: about a fifth of a second on a slow machine."""
+NUM_IMAGES = {"cpu": (2, 32), "cuda": (16, 256)}
 """Fewest and most images of a timed step."""
 
 

@@ -8,6 +8,7 @@ processes come into being is not known here.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -69,13 +70,16 @@ class Ranks:
         """The model with gradients that are means over the ranks, for training steps only."""
         if self.size == 1:
             return model
-        # The buffers are equal already, and the trainer decides what is not used.
-        return DistributedDataParallel(
-            model,
-            device_ids=[device] if device.type == "cuda" else None,
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,
-        )
+        with warnings.catch_warnings():
+            # Newer torch has another word for it, which older ones do not know.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            # The buffers are equal already, and the trainer decides what is not used.
+            return DistributedDataParallel(
+                model,
+                device_ids=[device] if device.type == "cuda" else None,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+            )
 
 
 ALONE = Ranks()

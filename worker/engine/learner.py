@@ -81,7 +81,8 @@ class Learner:
         Returns the sums over the batch of loss and of right answers, float32 [2], on the device.
 
         Raises:
-            torch.OutOfMemoryError: nothing has changed; `halve` makes another try smaller.
+            torch.OutOfMemoryError: the weights have not changed, and `halve` makes another try
+                smaller. (Batch norms may have counted a part of the batch already.)
         """
         set_lr(self.optimizer, lr)
         try:

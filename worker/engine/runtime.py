@@ -105,18 +105,23 @@ def require_device(device: Device, num_processes: int) -> None:
         )
 
 
+def out_of_memory() -> TrainingError:
+    """What to raise when the parts of a batch cannot be made smaller any more."""
+    return TrainingError(
+        "cuda_out_of_memory",
+        "The GPU's memory does not hold the network, into however small parts a batch is cut",
+        "Take a smaller image_size or network, or end what else uses the GPU. A batch is "
+        "halved as long as its parts are even: a power of two as batch_size goes furthest",
+    )
+
+
 @contextmanager
 def typed_failures() -> Iterator[None]:
     """Gives torch's failures that a client can do something about a code and a hint."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise TrainingError(
-            "cuda_out_of_memory",
-            "The GPU's memory does not hold the network, into however small parts a batch is cut",
-            "Take a smaller image_size or network, or end what else uses the GPU. A batch is "
-            "halved as long as its parts are even: a power of two as batch_size goes furthest",
-        ) from error
+        raise out_of_memory() from error
     except (RuntimeError, ValueError) as error:
         if "does not have a deterministic implementation" in str(error):
             raise TrainingError(

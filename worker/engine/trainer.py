@@ -500,7 +500,7 @@ class Trainer:
             "epoch": self.epoch,
             "learner": self.learner.state_dict(),
             "schedule": self.schedule.state_dict(),
-            "window_sums": self.ranks.sum_(self.window.sums.clone()),
+            "window_sums": torch.stack(self.ranks.gather(self.window.sums.cpu())),
             "window_num_steps": self.window.num_steps,
             "metrics": self.metrics,
             "best": None if self.best is None else asdict(self.best),
@@ -517,8 +517,7 @@ class Trainer:
         self.learner.load(resume.weights, state["learner"])
         self.schedule.load_state_dict(state["schedule"])
         self.step, self.epoch = state["step"], state["epoch"]
-        if self.ranks.is_first:  # The sums are of all ranks together.
-            self.window.sums.copy_(state["window_sums"])
+        self.window.sums.copy_(state["window_sums"][self.ranks.rank])
         self.window.num_steps = state["window_num_steps"]
         self.metrics = state["metrics"]
         self.best = None if state["best"] is None else BestCheckpoint(**state["best"])

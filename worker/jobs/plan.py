@@ -43,6 +43,7 @@ T_co = TypeVar("T_co", covariant=True)
 class Plan:
     """A training, resolved down to files.
 
+    `accumulate_steps`: the spec's, or more where memory ran out.
     `resume_key`, `init_key`: in the storage, of the checkpoint to go on from and of the one to
     start from. `weights_folder`: where torchvision's weights are kept.
     """
@@ -54,6 +55,7 @@ class Plan:
     images: Images
     preprocessing: Preprocessing
     runtime: Runtime
+    accumulate_steps: int
     num_loaders: int
     weights_folder: Path
     resume_key: str | None = None
@@ -128,11 +130,15 @@ class Plan:
 
     def with_smaller_parts(self) -> Plan | None:
         """The same with micro-batches of half the size; None when they cannot be halved."""
-        num_parts = self.spec.accumulate_steps * self.runtime.num_processes
+        num_parts = self.accumulate_steps * self.runtime.num_processes
         if self.spec.batch_size % (2 * num_parts * self.spec.part_unit):
             return None
-        steps = {"accumulate_steps": 2 * self.spec.accumulate_steps}
-        return replace(self, spec=self.spec.model_copy(update=steps))
+        return replace(self, accumulate_steps=2 * self.accumulate_steps)
+
+    @property
+    def learnt_spec(self) -> TrainSpec:
+        """The spec with as many parts of a batch as memory takes."""
+        return self.spec.model_copy(update={"accumulate_steps": self.accumulate_steps})
 
 
 def split_data(
@@ -155,7 +161,7 @@ def fit_plan(
     """Trains as planned. Raises as `worker.engine.trainer.fit` and `Plan.new_model`."""
     train, val = plan.data()
     return fit(
-        plan.spec,
+        plan.learnt_spec,
         plan.new_model(storage),
         train,
         val,
@@ -174,7 +180,7 @@ def measure_plan(
     """What carrying the plan out would take. Raises as `fit_plan`."""
     train, val = plan.data()
     return measure(
-        plan.spec,
+        plan.learnt_spec,
         plan.new_model(storage),
         train,
         val,

@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, cast
 
-import structlog
 import torch
 from torch import distributed
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -41,8 +40,6 @@ from worker.engine.events import (
 from worker.jobs.plan import Plan, Work
 from worker.sink import DatabaseSink
 
-log = structlog.get_logger(__name__)
-
 LOOK_SECONDS = 0.05
 """How often a request is passed on, and a rank looks for its parent."""
 ORPHANED = 70
@@ -56,6 +53,11 @@ Flags = Any
 """Shared bytes: the parent writes the request, a rank that its memory ran out."""
 
 
+class RanksOutOfMemory(Exception):
+    """Smaller parts of a batch may fit: none of the ranks could go on with a step that one of them
+    had to give up."""
+
+
 @dataclass(frozen=True)
 class _Outcome:
     """How the first rank ended, in words that travel between processes."""
@@ -66,28 +68,21 @@ class _Outcome:
 
 
 def run_in_ranks(plan: Plan, work: Work[T], control: Control) -> T:
-    """What `work` returns in the first of the plan's processes, each of which runs it. A rank that
-    runs out of memory makes all of them start again from the last checkpoint, with micro-batches
-    of half the size.
+    """What `work` returns in the first of the plan's processes, each of which runs it.
 
     Raises:
-        As `work`; `ChildFailedError` when a rank died, which it also does
-        when another attempt owns the job.
+        RanksOutOfMemory: the memory of one of them ran out; all have ended.
+        ChildFailedError: one of them died, which it also does when another attempt owns the job.
+        As `work` else.
     """
     flags = multiprocessing.get_context("spawn").RawArray("b", 2)
     with _passing_on(control, flags):
-        while True:
-            flags[OUT_OF_MEMORY] = 0
-            try:
-                outcome = _launch(plan, work, flags)
-            except ChildFailedError:
-                smaller = plan.with_smaller_parts() if flags[OUT_OF_MEMORY] else None
-                if smaller is None:
-                    raise
-                log.warning("out of memory: micro-batches of half the size")
-                plan = smaller
-            else:
-                return cast(T, _result_of(outcome))
+        try:
+            return cast(T, _result_of(_launch(plan, work, flags)))
+        except ChildFailedError as error:
+            if flags[OUT_OF_MEMORY]:
+                raise RanksOutOfMemory from error
+            raise
 
 
 def _launch(plan: Plan, work: Work[Any], flags: Flags) -> _Outcome:

@@ -127,7 +127,8 @@ def _chosen(
         "info",
         "precision_measured",
         f"Images per second of training steps {'now' if speeds.is_new else 'as measured before'}: "
-        f"{listed}. It trains in {precision}",
+        f"{listed}. It trains in {precision}"
+        f"{'' if speeds.is_kept else '. The machine was busy: the next job measures again'}",
         {"images_per_second": speeds.images_per_second, "is_new": speeds.is_new},
     )
     num_images = spec.epochs * dataset.splits["train"]["num_images"]

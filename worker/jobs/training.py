@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TypeVar
 
 import structlog
@@ -28,11 +29,12 @@ from worker.engine.data import epoch_order
 from worker.engine.distributed import ALONE
 from worker.engine.evaluate import build_report
 from worker.engine.resume import RESUME_FILE, load_resume
+from worker.engine.runtime import out_of_memory
 from worker.jobs.context import Context
 from worker.jobs.datasets import dataset_of, images_of
 from worker.jobs.evaluation import evaluation_of, result_of
 from worker.jobs.plan import Plan, Work, fit_plan, measure_plan
-from worker.jobs.ranks import run_in_ranks
+from worker.jobs.ranks import RanksOutOfMemory, run_in_ranks
 from worker.jobs.runtime import num_loaders, stored_runtime, training_runtime
 
 T = TypeVar("T")
@@ -96,10 +98,30 @@ def dry_run(context: Context, spec: TrainSpec) -> None:
 
 
 def carry_out(context: Context, plan: Plan, work: Work[T]) -> T:
-    """Does it in this process, or in as many as the plan says."""
-    if plan.runtime.num_processes > 1:
-        return run_in_ranks(plan, work, context.control)
-    return work(plan, context.storage, context.sink, context.control, ALONE)
+    """Does it in this process, or in as many as the plan says. Where the memory of one of several
+    runs out, all begin again from the last checkpoint, with micro-batches of half the size.
+
+    Raises:
+        TrainingError: `cuda_out_of_memory`, or what `work` raises.
+    """
+    if plan.runtime.num_processes == 1:
+        return work(plan, context.storage, context.sink, context.control, ALONE)
+    while True:
+        try:
+            return run_in_ranks(plan, work, context.control)
+        except RanksOutOfMemory:
+            smaller = plan.with_smaller_parts()
+            if smaller is None:
+                raise out_of_memory() from None
+            num_parts = smaller.accumulate_steps
+            context.sink.event(
+                "warning",
+                "micro_batch_halved",
+                f"A GPU's memory ran out: each step is made of {num_parts} passes from now on. "
+                "The batch stays as it was",
+                {"accumulate_steps": num_parts},
+            )
+            plan = replace(smaller, resume_key=last_key(context, goes_on=True))
 
 
 def plan_of(context: Context, spec: TrainSpec) -> tuple[Plan, Summary]:
@@ -120,6 +142,7 @@ def plan_of(context: Context, spec: TrainSpec) -> tuple[Plan, Summary]:
         images=images,
         preprocessing=preprocessing_of(spec, dataset),
         runtime=runtime,
+        accumulate_steps=spec.accumulate_steps,
         num_loaders=num_loaders(context.settings),
         weights_folder=context.settings.cache_path / "weights",
         resume_key=last_key(context),
@@ -161,9 +184,9 @@ def init_key(context: Context) -> str | None:
         return repository.find_model(session, context.job.checkpoint_id).key
 
 
-def last_key(context: Context) -> str | None:
+def last_key(context: Context, *, goes_on: bool = False) -> str | None:
     """The newest checkpoint that reads well, after everything that came after it was dropped;
-    None when training starts afresh."""
+    None when training starts afresh. `goes_on`: this attempt itself has trained already."""
     with context.database.read_scope() as session:
         rows = repository.list_checkpoints(session, context.fence.job_id)
     if rows and not any(context.storage.path(row.key).exists() for row in rows):
@@ -184,7 +207,7 @@ def last_key(context: Context) -> str | None:
             message = f"The checkpoint at step {row.step} is damaged: going back to one before"
             data = {"checkpoint_id": row.id, "detail": error.detail}
             context.sink.event("warning", "checkpoint_corrupt", message, data)
-    if context.fence.attempt > 1:
+    if goes_on or context.fence.attempt > 1:
         drop_later(context, chosen)
     return chosen.key if chosen else None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ SPEC = tiny_spec(
     optimizer={"name": "sgd", "lr": 0.05, "momentum": 0.9},
     augment=[{"name": "random_crop", "padding": 1}, "horizontal_flip"],
     ema_decay=0.9,
-    log_every_steps=1,
+    log_every_steps=2,
 )
 RUNTIME = Runtime(device="cpu", precision="fp32", num_threads=1, num_processes=2)
 
@@ -94,18 +95,27 @@ def as_document(run: Run) -> dict[str, Any]:
     }
 
 
-def interrupted(control: Control, ranks: Ranks) -> Recorder:
-    """The sink of a run that was asked to end."""
-    sink = Recorder()
+def interrupted(control: Control, ranks: Ranks) -> tuple[Recorder, int]:
+    """The sink of a run that was asked to end, and the number of steps that it did."""
+    sink, model = Recorder(), tiny_model(SPEC)
     try:
-        run_fit(SPEC, sink=sink, control=control, ranks=ranks, num_val=NUM_VAL, runtime=RUNTIME)
+        run_fit(
+            SPEC,
+            model=model,
+            sink=sink,
+            control=control,
+            ranks=ranks,
+            num_val=NUM_VAL,
+            runtime=RUNTIME,
+        )
     except Interrupted as error:
         sink.events.append(type(error).__name__)
-    return sink
+    return sink, int(model.state_dict()["1.num_batches_tracked"])
 
 
 def work(rank: int, folder: str) -> None:
     """All that the tests ask about, in one life of the processes; left in a file for each."""
+    warnings.simplefilter("error")  # as in the process of the tests
     torch.set_num_threads(1)
     if sys.platform == "linux":
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
@@ -121,13 +131,13 @@ def work(rank: int, folder: str) -> None:
     }
     # Only the first rank is asked; the other one has to hear of it.
     asked = ReleaseAt(CANCELLED_AT, "cancel") if rank == 0 else Control()
-    cancelled = interrupted(asked, ranks)
-    results["cancelled"] = {"points": cancelled.reproducible_points(), "events": cancelled.events}
+    cancelled, num_steps = interrupted(asked, ranks)
+    results["cancelled"] = {"events": cancelled.events, "num_steps": num_steps}
     asked = ReleaseAt(RELEASED_AT) if rank == 0 else Control()
-    released = interrupted(asked, ranks)
+    released, num_steps = interrupted(asked, ranks)
     last = released.checkpoints[-1]
     resume = Resume(last.weights, last.resume)
-    results["released"] = {"events": list(released.events), "step": last.step}
+    results["released"] = {"events": list(released.events), "num_steps": num_steps}
     results["resumed"] = as_document(run_fit(SPEC, sink=released, resume=resume, **both))
     torch.save(results, Path(folder) / f"rank{rank}.pt")
     distributed.destroy_process_group()

@@ -1,0 +1,301 @@
+"""The benchmarks of whole epochs: tiny runs of each, and the arithmetic of what they say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import fast_cifar, training
+from benchmarks.baselines import images, ours, published, timm_script, torchvision_reference
+from benchmarks.baselines.problem import Turn
+from skipline.recipes import RECIPES
+from skipline.specs import SGD, Adam, IngestSpec
+
+ALONE = ["--workers", "0", "--threads", "1"]
+
+
+@pytest.fixture(autouse=True)
+def _leave_torch_as_it_was() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    torch.backends.cudnn.benchmark = False
+
+
+def refusal(main: object, words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What is said of a wrong command line."""
+    with pytest.raises(SystemExit) as stopped:
+        main(words)  # type: ignore[operator]
+    assert stopped.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1].partition("error: ")[2]
+
+
+# --------------------------------------------------------------------------------- training epochs
+
+
+def test_every_contender_trains_once_a_round_and_the_figures_add_up(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "figures.json"
+    words = ["--images", "8", "--batch-size", "4", "--rounds", "2", "--json", str(file), *ALONE]
+    code = training.main(words)
+
+    document = json.loads(file.read_text())["systems"]["cifar10"]
+    assert (document["num_images"], document["batch_size"]) == (8, 4)
+    rates = document["images_per_second"]
+    names = {"ours fp32", "ours auto", "published", "bare fp32", "bare bf16", "torchvision"}
+    assert names <= set(rates)
+    for name, taken in rates.items():
+        assert len(taken) == 2
+        assert document["medians"][name] == pytest.approx(sum(taken) / 2)
+    fp32 = document["goals"][0]
+    assert fp32["ratio"] == document["ratios_to_published"]["ours fp32"]
+    assert code == (0 if all(goal["is_met"] for goal in document["goals"]) else 1)
+    assert f"ours fp32 / published: {fp32['ratio']:.3f}, at least 1.15" in capsys.readouterr().out
+
+
+def turns(**seconds: float) -> dict[str, list[Turn]]:
+    return {name.replace("_", " "): [Turn(100, value)] for name, value in seconds.items()}
+
+
+def test_a_goal_is_missed_by_a_hair_and_met_on_the_line() -> None:
+    document = training.summarize(
+        turns(ours_fp32=8, ours_auto=4, published=10, bare_fp32=7.76, bare_bf16=3.8),
+        packing_seconds=2,
+        auto_precision="bf16",
+    )
+    ratios = {(goal["contender"], goal["other"]): goal["ratio"] for goal in document["goals"]}
+    assert ratios == {
+        ("ours fp32", "published"): pytest.approx(1.25),
+        ("ours auto", "published"): pytest.approx(2.5),
+        ("ours fp32", "bare fp32"): pytest.approx(0.97),
+        ("ours auto", "bare bf16"): pytest.approx(0.95),
+    }
+    assert [goal["is_met"] for goal in document["goals"]] == [True, True, True, False]
+    assert document["ratios_with_packing"]["ours fp32"] == pytest.approx(1.0)
+    assert document["ratios_with_packing"]["ours auto"] == pytest.approx(10 / 6)
+
+
+def test_ours_at_auto_is_held_against_the_bare_loop_of_the_precision_that_it_chose() -> None:
+    assert [goal.other for goal in training.goals("fp32")] == [
+        "published",
+        "published",
+        "bare fp32",
+        "bare fp32",
+    ]
+
+
+def test_contenders_take_turns_back_and_forth() -> None:
+    order: list[str] = []
+
+    def run(name: str) -> Turn:
+        order.append(name)
+        return Turn(1, 1.0)
+
+    taken = training.take_turns({name: lambda name=name: run(name) for name in "abc"}, 2)  # type: ignore[misc]
+    assert order == list("abccba")
+    assert {name: len(each) for name, each in taken.items()} == {"a": 2, "b": 2, "c": 2}
+
+
+def test_accuracy_is_compared_after_the_same_epochs_from_the_same_weights(tmp_path: Path) -> None:
+    data, file = tmp_path / "data", tmp_path / "figures.json"
+    images.make_noise(data, image_size=64, num_classes=3, num_train=12)
+    words = ["--system", "tinyimagenet", "--data", str(data), "--accuracy", "--json", str(file)]
+    code = training.main([*words, "--epochs", "1", "--classes", "2", "--batch-size", "4", *ALONE])
+
+    document = json.loads(file.read_text())["systems"]["tinyimagenet"]
+    assert document["num_images"] == {"train": 8, "val": 2}
+    assert (document["num_classes"], document["num_epochs"]) == (2, 1)
+    assert {document["ours_val_top1"], document["published_val_top1"]} <= {0.0, 0.5, 1.0}
+    assert code == int(document["ours_val_top1"] < document["published_val_top1"])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--data", "nowhere"], "--data nowhere: there is no such folder"),
+        (["--data", ".", "--system", "all"], "--data holds the images of one system"),
+        (["--full"], "--full needs --data"),
+        (["--accuracy"], "--accuracy is for --system tinyimagenet"),
+        (["--images", "0"], "argument --images: invalid positive value: '0'"),
+        (["--images", "9", "--batch-size", "10"], "--images: 9 are less than a batch of 10"),
+    ],
+)
+def test_wrong_usage_is_told(
+    words: list[str],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert refusal(training.main, words, capsys).startswith(said)
+
+
+def test_images_that_are_not_there_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "no images in train/<class>" in refusal(training.main, ["--data", str(tmp_path)], capsys)
+    images.make_noise(tmp_path, image_size=32, num_classes=2, num_train=4)
+    words = ["--data", str(tmp_path), "--images", "5"]
+    assert refusal(training.main, words, capsys) == "--images 5: there are 4"
+    images.make_noise(tmp_path / "large", image_size=64, num_classes=2, num_train=4)
+    words = ["--data", str(tmp_path / "large"), "--images", "4", "--batch-size", "2"]
+    assert "is made for images of 32 px" in refusal(training.main, words, capsys)
+
+
+# -------------------------------------------------------------------------------------- the parts
+
+
+def test_the_published_vgg_starts_from_our_weights(tmp_path: Path) -> None:
+    images.make_noise(tmp_path / "noise", image_size=64, num_classes=2, num_train=2)
+    arguments = training.parser().parse_args(
+        ["--data", str(tmp_path / "noise"), "--images", "2", "--batch-size", "2", *ALONE]
+    )
+    system = training.SYSTEMS["tinyimagenet"]
+    training.lay_out(arguments, system, tmp_path)
+    problem = training.enter(arguments, system, tmp_path).problem
+    theirs, ours_model = published.network(problem), problem.new_model()
+    pairs = list(zip(theirs.parameters(), ours_model.parameters(), strict=True))
+    assert len(pairs) == 2 * (10 + 4)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    logits, features = theirs(torch.zeros(3, 3, 64, 64))
+    assert (logits.shape, features.shape) == ((3, 2), (3, 512, 4, 4))
+    assert theirs.training
+
+
+def test_the_reference_counts_right_answers_and_those_among_five() -> None:
+    logits = torch.tensor([[9.0, 8, 7, 6, 5, 4], [9, 8, 7, 6, 5, 4], [9, 8, 7, 6, 5, 4]])
+    acc1, acc5 = torchvision_reference.accuracies(logits, torch.tensor([0, 4, 5]))
+    assert acc1.item() == pytest.approx(100 / 3)
+    assert acc5.item() == pytest.approx(200 / 3)
+
+
+def test_timms_optimizers_are_named_as_timm_names_them() -> None:
+    sgd = SGD(lr=0.1, nesterov=False, weight_decay=1e-4)
+    expected = {"opt": "momentum", "lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}
+    assert timm_script.optimizer_options(sgd) == expected
+    assert timm_script.optimizer_options(SGD(nesterov=True))["opt"] == "nesterov"
+    adam = {"opt": "adam", "lr": 1e-4, "weight_decay": 0.0}
+    assert timm_script.optimizer_options(Adam(lr=1e-4)) == adam
+
+
+def test_images_are_dealt_evenly_over_the_classes() -> None:
+    files = {"a": [Path("1"), Path("2"), Path("3")], "b": [Path("4")], "c": [Path("5"), Path("6")]}
+    assert images.take(files, 5) == {
+        "a": [Path("1"), Path("2")],
+        "b": [Path("4")],
+        "c": [Path("5"), Path("6")],
+    }
+
+
+def test_tinyimagenets_own_layout_is_read(tmp_path: Path) -> None:
+    for path in ("train/n02/images/x.JPEG", "train/n01/images/y.JPEG", "val/images/v.JPEG"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).touch()
+    (tmp_path / "train/n01/n01_boxes.txt").touch()
+    (tmp_path / "val/val_annotations.txt").write_text("v.JPEG\tn02\t0\t0\t9\t9\n")
+    assert list(images.images_of(tmp_path, "train").items()) == [
+        ("n01", [tmp_path / "train/n01/images/y.JPEG"]),
+        ("n02", [tmp_path / "train/n02/images/x.JPEG"]),
+    ]
+    assert images.validation_images(tmp_path) == {"n02": [tmp_path / "val/images/v.JPEG"]}
+
+
+def test_a_benchmarks_recipe_differs_in_nothing_but_when_it_stores(tmp_path: Path) -> None:
+    images.make_noise(tmp_path, image_size=32, num_classes=2, num_train=2)
+    source = IngestSpec(path=str(tmp_path))
+    data = ours.bring_in(source, 32, tmp_path / "home", ours.folder_settings(tmp_path, 1))
+    spec = ours.recipe_spec("cifar10_resnet18_fast94", data)
+    recipe = RECIPES["cifar10_resnet18_fast94"].spec
+    assert (spec.epochs, spec.batch_size) == (recipe["epochs"], recipe["batch_size"])
+    assert spec.checkpoint.every_epochs == recipe["checkpoint"]["every_epochs"]
+    assert spec.checkpoint.every_minutes == 10_000
+    mean, std = data.record.channel_mean, data.record.channel_std
+    preprocessing = ours.preprocessing_of(spec, data.record)
+    assert preprocessing.channel_mean == tuple(mean)
+    assert preprocessing.channel_std == tuple(std)
+
+
+def test_a_stopwatch_leaves_validation_and_checkpoints_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 5.0, 6.0, 8.0, 20.0, 23.0, 30.0])
+    monkeypatch.setattr(ours, "synchronized_time", lambda device: next(clock))
+    stopwatch = ours.Stopwatch(torch.device("cpu"))  # 0
+    stopwatch.metrics({"train_loss": 2.0}, step=1, epoch=1)  # 5: a window within the epoch
+    stopwatch.metrics({"train_loss": 1.0}, step=2, epoch=1)  # 6: its end
+    stopwatch.metrics({"val_top1": 0.25}, step=2, epoch=1)  # 8
+    stopwatch.save_checkpoint(None)  # type: ignore[arg-type]  # 20
+    stopwatch.metrics({"train_loss": 1.0}, step=4, epoch=2)  # 23
+    stopwatch.metrics({"val_top1": 0.5}, step=4, epoch=2)  # 30
+    assert stopwatch.epochs == [ours.Epoch(6.0, 0.25), ours.Epoch(3.0, 0.5)]
+
+
+# ------------------------------------------------------------------------------------ fast CIFAR
+
+
+def test_seeds_are_trained_once_and_their_mean_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, results = tmp_path / "data", tmp_path / "results"
+    images.make_noise(data, image_size=32, num_classes=2, num_train=8)
+    words = ["--data", str(data), "--results", str(results), "--threads", "1"]
+    words += ["--epochs-run", "1", "--seeds"]
+    assert fast_cifar.main([*words, "0"]) == 0
+    assert fast_cifar.main([*words, "0", "1"]) == 0
+    assert "seed 0: done before" in capsys.readouterr().out
+
+    [file] = results.glob("*.json")
+    assert file.name.startswith("cifar10_resnet18_fast94-")
+    assert file.name.endswith("-first-1.json")
+    document = json.loads(file.read_text())
+    assert (document["epochs"], document["epochs_run"], document["batch_size"]) == (14, 1, 512)
+    assert set(document["runs"]) == {"0", "1"}
+    for run in document["runs"].values():
+        assert run["curve"] == [run["top1"]]
+        assert run["first_step_seconds"] > 0
+    header, _, row = file.with_suffix(".md").read_text().splitlines()
+    cells = dict(zip(header.split(" | "), row.split(" | "), strict=True))
+    assert (cells["epochs"], cells["seeds"]) == ("first 1 of 14", "0, 1")
+
+    document["dataset_hash"] = "another"
+    file.write_text(json.dumps(document))
+    said = refusal(fast_cifar.main, [*words, "2"], capsys)
+    assert said == f"{file.name} holds runs of another dataset_hash: move it away"
+
+
+def test_mean_and_standard_deviation_are_those_of_the_sample() -> None:
+    assert fast_cifar.spread([94.0, 95.0, 96.0], " %", 2) == "95.00 ± 1.00 %"
+    assert fast_cifar.spread([7.25], " s", 1) == "7.2 s"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--data", "nowhere"], "--data nowhere: there is no such folder"),
+        (["--epochs-run", "0"], "--epochs-run: at least 1"),
+        (["--recipe", "cifar10_resnet18"], "argument --recipe: invalid choice"),
+        (["--data", "."], "There are no images in class folders"),
+    ],
+)
+def test_wrong_usage_of_fast_cifar_is_told(
+    words: list[str],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert refusal(fast_cifar.main, words, capsys).startswith(said)
+
+
+def test_no_more_epochs_are_run_than_the_schedule_has(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images.make_noise(tmp_path, image_size=32, num_classes=2, num_train=2)
+    words = ["--data", str(tmp_path), "--epochs-run", "15"]
+    said = "--epochs-run 15: the recipe has 14 epochs"
+    assert refusal(fast_cifar.main, words, capsys) == said
