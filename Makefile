@@ -36,8 +36,8 @@ format: .venv/.test ## Put the code into the one format
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench: .venv/.server ## Measure what the training loop costs beyond its bare steps
-	@$(BIN)/python benchmarks/loop_overhead.py $(ARGS)
+bench: .venv/.server ## Measure training against what a user would have otherwise
+	@$(BIN)/python benchmarks/training.py $(ARGS)
 
 constraints: .venv/bin/python ## Pin the newest versions of everything anew
 	@echo "Resolving in a fresh environment; this downloads everything again."

@@ -204,5 +204,6 @@ def tiny_spec(**keys: Any) -> dict[str, Any]:
         # Without momentum a checkpoint is half as large: writing it is what takes the time.
         "optimizer": {"lr": 0.05, "momentum": 0, "nesterov": False},
         "log_every_steps": 2,
+        "precision": "fp32",  # `auto` would spend seconds on finding the fastest
         "seed": 1,
     } | keys
