@@ -102,10 +102,14 @@ def transition(
 
 
 def runs_on(devices: Iterable[str], num_gpus: int) -> ColumnElement[bool]:
-    """The condition that a job asks for one of `devices` ("auto", "cpu", "cuda"), and on `cuda`
-    for no more processes than there are GPUs."""
-    has_gpus: ColumnElement[bool] = (Job.device != "cuda") | (Job.num_processes <= num_gpus)
-    return Job.device.in_(tuple(devices)) & has_gpus
+    """The condition that a job asks for one of `devices` ("auto", "cpu", "cuda"), and where it
+    cannot fall back on the CPU for no more processes than there are GPUs."""
+    devices = tuple(devices)
+    runs: ColumnElement[bool] = Job.device.in_(devices)
+    if "cuda" in devices:
+        fits: ColumnElement[bool] = Job.num_processes <= num_gpus
+        runs &= fits | (Job.device != "cuda") if "cpu" in devices else fits
+    return runs
 
 
 def claim(

@@ -38,9 +38,9 @@ from shared.tables import (
     Worker,
 )
 from skipline import schemas
-from skipline.catalog import BUILTIN_DATASETS, ClusterFacts, DatasetFacts
+from skipline.catalog import BUILTIN_DATASETS, ClusterFacts, DatasetFacts, needs_gpu
 from skipline.schemas import JobKind, JobStatus
-from skipline.specs import AnySpec, dump_spec
+from skipline.specs import AnySpec, IngestSpec, TrainSpec, dump_spec
 
 MAX_ALTERNATIVES = 200
 """In one condition: SQLite takes fewer than 1000."""
@@ -76,7 +76,7 @@ def add_job(
         name=spec.name,
         status=JobStatus.queued,
         spec=dump_spec(spec),
-        device=resources.device if resources else "auto",
+        device=_device_of(spec),
         num_processes=resources.num_processes if resources else 1,
         dataset_id=dataset_id,
         checkpoint_id=checkpoint_id,
@@ -86,6 +86,13 @@ def add_job(
     session.flush()
     lifecycle.record(session, job.id, "info", "created", f"Stored as a job of kind {kind}")
     return job
+
+
+def _device_of(spec: AnySpec) -> str:
+    """What a worker must have to claim the job."""
+    if isinstance(spec, TrainSpec) and needs_gpu(spec):
+        return "cuda"
+    return "auto" if isinstance(spec, IngestSpec) else spec.resources.device
 
 
 def get_job(session: Session, job_id: str) -> Job:
@@ -596,6 +603,12 @@ def add_picture(session: Session, fence: Fence, name: str, png: bytes) -> None:
     _update_owned(session, fence, progress_at=db_now())
     session.merge(Picture(job_id=fence.job_id, name=name, png=png))
     session.flush()
+
+
+def has_picture(session: Session, job_id: str, name: str) -> bool:
+    """Whether `get_picture` finds it."""
+    query = select(Picture.name).where(Picture.job_id == job_id, Picture.name == name)
+    return session.scalar(query) is not None
 
 
 def get_picture(session: Session, job_id: str, name: str) -> bytes:

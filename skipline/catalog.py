@@ -370,13 +370,18 @@ def _check_splits(spec: TrainSpec, dataset: DatasetFacts, refuse: Refuse) -> Non
         refuse("val_fraction", "This share of train is less than one image")
 
 
+def needs_gpu(spec: TrainSpec) -> bool:
+    """Whether the training cannot run on a CPU."""
+    return spec.resources.device == "cuda" or spec.precision in ("tf32", "fp16")
+
+
 def _check_resources(spec: TrainSpec, cluster: ClusterFacts | None, refuse: Refuse) -> None:
     device, num_processes = spec.resources.device, spec.resources.num_processes
     max_gpus = cluster.max_gpus if cluster else None
     if spec.precision in ("tf32", "fp16") and (device == "cpu" or max_gpus == 0):
         where = "on the CPU" if device == "cpu" else "and no worker has one"
         refuse("precision", f"{spec.precision} needs a GPU {where}; use auto, fp32 or bf16")
-    if device == "cuda" and max_gpus is not None and num_processes > max_gpus:
+    elif needs_gpu(spec) and max_gpus is not None and num_processes > max_gpus:
         has = f"the worker with the most has {max_gpus}" if max_gpus else "no worker has a GPU"
         refuse("resources.num_processes", f"Each process needs a GPU of its own, and {has}")
     parts = num_processes * spec.accumulate_steps
@@ -394,7 +399,10 @@ def _scheduler(spec: TrainSpec, refuse: Refuse) -> Any:
     run is too short for."""
     scheduler = spec.scheduler
     warmup_epochs = getattr(scheduler, "warmup_epochs", 0.0)
-    is_asked_for = spec.recipe is None and "warmup_epochs" in scheduler.model_fields_set
+    recipe = RECIPES[spec.recipe].spec.get("scheduler", {}) if spec.recipe else {}
+    is_asked_for = "warmup_epochs" in scheduler.model_fields_set and warmup_epochs != recipe.get(
+        "warmup_epochs"
+    )
     if warmup_epochs >= spec.epochs and is_asked_for:
         refuse("scheduler.warmup_epochs", "The warm-up must end before the last epoch")
     elif warmup_epochs >= spec.epochs:
@@ -438,8 +446,12 @@ def resolve_evaluation(
     """The evaluation with its split written out.
 
     Raises:
-        SpecRefused: the split does not exist, or the dataset has other classes than the model.
+        SpecRefused: the split does not exist, the dataset has other classes than the model, or
+            several processes are asked for.
     """
+    if spec.resources.num_processes > 1:
+        message = "An evaluation runs in one process"
+        raise SpecRefused([{"loc": "resources.num_processes", "message": message}])
     split = spec.split or evaluation_split(dataset.splits)
     if split not in dataset.splits:
         have = ", ".join(dataset.splits) or "none"

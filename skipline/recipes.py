@@ -276,7 +276,7 @@ def _merge(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> Document:
         if isinstance(ours, Mapping) and isinstance(value, Mapping):
             merged[key] = (
                 value
-                if is_other and value["name"] != ours.get("name")
+                if is_other and value["name"] != ours.get("name", value["name"])
                 else {
                     **ours,
                     **value,

@@ -98,7 +98,7 @@ class DatabaseSink:
         attempt finds either both or none."""
         key = f"jobs/{self._fence.job_id}/{self._fence.attempt}/{checkpoint.step}"
         with (
-            full_disk_is_reported(),
+            full_disk_is_reported("a checkpoint"),
             self._storage.writing(key, self._fence.owner) as folder,
         ):
             write_bundle(folder, self.describe(checkpoint), checkpoint.weights)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 
 import structlog
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import SQLAlchemyError
 
 from shared import lifecycle, locks, repository
 from shared.database import Database
@@ -148,7 +148,7 @@ class Slots:
                 repository.see_worker(
                     session, self._worker_id, self._host, self._num_gpus, num_cores()
                 )
-        except DBAPIError as error:  # The next look tries again.
+        except SQLAlchemyError as error:  # The next look tries again.
             log.warning("the worker could not be shown", error=type(error).__name__)
         else:
             self._shown_at = now
@@ -157,7 +157,7 @@ class Slots:
         try:
             with self._database.session_scope() as session:
                 repository.forget_worker(session, self._worker_id)
-        except DBAPIError as error:  # It counts as gone within a minute all the same.
+        except SQLAlchemyError as error:  # It counts as gone within a minute all the same.
             log.warning("the worker could not be hidden", error=type(error).__name__)
 
     def _spawn(self, target: Callable[[], None], name: str) -> None:

@@ -192,7 +192,7 @@ def prepare(spec: TrainSpec, data: OurData, num_threads: int, num_epochs: int) -
         if spec.precision == "auto":
             runtime = replace(runtime, precision=max(rates, key=rates.__getitem__))
         rate = rates.get(runtime.precision, max(rates.values()))
-        pays = wants_compiler and compile_pays(num_epochs * len(train), rate)
+        pays = wants_compiler and compile_pays(num_epochs * len(train) / rate)
         runtime = replace(runtime, compile=runtime.compile or pays)
         runtime.activate(deterministic=spec.deterministic)
     return runtime

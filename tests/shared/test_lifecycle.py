@@ -130,6 +130,22 @@ def test_a_job_of_several_processes_waits_for_as_many_gpus(database: Database) -
     assert large.job_id == wants_two
 
 
+def test_a_job_in_a_gpus_precision_waits_for_a_worker_that_has_one(database: Database) -> None:
+    job_id = add_job(database, precision="fp16")
+    assert claim(database) is None
+    fence = claim(database, devices=("auto", "cpu", "cuda"), num_gpus=1)
+    assert fence is not None
+    assert fence.job_id == job_id
+
+
+def test_a_worker_that_offers_no_cpu_takes_what_its_gpus_suffice_for(database: Database) -> None:
+    job_id = add_job(database, resources={"device": "auto", "num_processes": 2})
+    assert claim(database, devices=("auto", "cuda"), num_gpus=1) is None
+    fence = claim(database, devices=("auto", "cpu", "cuda"), num_gpus=1)
+    assert fence is not None
+    assert fence.job_id == job_id
+
+
 def test_on_the_cpu_processes_share_the_cores(database: Database) -> None:
     job_id = add_job(database, resources={"device": "cpu", "num_processes": 4})
     assert claimed(database).job_id == job_id

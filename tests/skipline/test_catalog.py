@@ -139,6 +139,21 @@ def test_a_gpus_precision_is_refused_where_no_worker_has_one() -> None:
     assert refused_in(None, precision="fp16") == []
 
 
+def test_a_gpus_precision_wants_as_many_gpus_as_processes() -> None:
+    keys: dict[str, Any] = {"precision": "fp16", "resources": {"num_processes": 2}}
+    assert refused_in(ClusterFacts(max_gpus=1), **keys) == ["resources.num_processes"]
+    assert refused_in(ClusterFacts(max_gpus=2), **keys) == []
+
+
+def test_an_evaluation_in_several_processes_is_refused() -> None:
+    spec = EvaluateSpec.model_validate(
+        {"model": "m", "dataset": "own", "resources": {"num_processes": 2}}
+    )
+    with pytest.raises(SpecRefused) as refused:
+        resolve_evaluation(spec, facts("test"), ("a", "b"))
+    assert [item["loc"] for item in refused.value.items] == ["resources.num_processes"]
+
+
 def test_sizes_that_depend_on_the_image_are_written_out() -> None:
     augment = dump_spec(resolved(augment=["random_crop", "cutout"]))["augment"]
     assert augment == ["random_crop", {"name": "cutout", "size": 16}]

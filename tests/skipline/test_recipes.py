@@ -85,6 +85,20 @@ def test_another_optimizer_or_schedule_takes_nothing_from_the_recipes() -> None:
     assert spec.scheduler == Cosine()
 
 
+def test_a_part_without_its_name_keeps_what_the_recipe_says() -> None:
+    spec = train_spec(recipe="cifar10_resnet18_fast94", loss={"name": "cross_entropy"})
+    assert spec.loss.label_smoothing == 0.1
+
+
+def test_a_warm_up_that_is_asked_for_is_not_shortened() -> None:
+    spec = train_spec(
+        recipe="cifar10_resnet18_200", epochs=2, scheduler={"name": "cosine", "warmup_epochs": 3}
+    )
+    with pytest.raises(SpecRefused) as refused:
+        resolve(spec, BUILTIN_DATASETS["cifar10"])
+    assert [item["loc"] for item in refused.value.items] == ["scheduler.warmup_epochs"]
+
+
 def test_what_names_no_recipe_is_left_as_it_is() -> None:
     for document in ({"dataset": "digits"}, {"recipe": "unheard of"}, {"recipe": [1]}, [], None):
         assert expand(document) is document

@@ -26,19 +26,20 @@ def check_free_disk(folder: Path, num_bytes: int) -> None:
 
 
 @contextmanager
-def full_disk_is_reported() -> Iterator[None]:
-    """Turns the system's error of a full disk or quota into `disk_full`."""
+def full_disk_is_reported(what: str = "the dataset") -> Iterator[None]:
+    """Turns the system's error of a full disk or quota, met while `what` is written, into
+    `disk_full`."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise disk_full("the disk filled up while the dataset was written") from error
+            raise disk_full(f"it filled up while {what} was written", what) from error
         raise
 
 
-def disk_full(detail: str) -> TrainingError:
+def disk_full(detail: str, what: str = "the dataset") -> TrainingError:
     return TrainingError(
         "disk_full",
-        f"There is not enough free disk for the dataset: {detail}",
+        f"There is not enough free disk for {what}: {detail}",
         "Free disk below SKIPLINE_HOME (the folder cache can be deleted at any time), then retry",
     )

@@ -20,6 +20,8 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from shared.errors import TrainingError
+
 T = TypeVar("T")
 Rows = npt.NDArray[np.int64]
 DataPath = Literal["resident", "mapped", "files"]
@@ -135,9 +137,10 @@ class DeviceData:
     """A split, ready to be cut into batches on a device.
 
     Args:
-        data_path: `resident` copies all images to the device. Else each batch is gathered, and
-            for a GPU that is done by a thread, into pinned memory, while the device works on the
-            ones before. Images that are decoded from files are never resident.
+        data_path: `resident` copies all images to the device, if there is memory left for them.
+            Else each batch is gathered, and for a GPU that is done by a thread, into pinned
+            memory, while the device works on the ones before. Images that are decoded from files
+            are never resident.
     """
 
     def __init__(
@@ -147,13 +150,16 @@ class DeviceData:
         self._rows = np.arange(len(data)) if data.rows is None else data.rows
         self._labels = torch.from_numpy(data.labels[self._rows]).to(device)
         self._gather: _Gather
+        pinned = device.type == "cuda"
+        resident = None
+        if isinstance(data, ArrayData) and data_path == "resident":
+            resident = _FromDevice.if_it_fits(data, device)
         if isinstance(data, FileData):
-            self._gather = _FromFiles(data)
-        elif data_path == "resident":
-            self._gather = _FromDevice(data.images[self._rows], device)
-            self._rows = np.arange(len(data))
+            self._gather = _FromFiles(data, pinned=pinned)
+        elif resident is not None:
+            self._gather, self._rows = resident, np.arange(len(data))
         else:
-            self._gather = _FromArray(data.images, pinned=device.type == "cuda")
+            self._gather = _FromArray(data.images, pinned=pinned)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -177,8 +183,18 @@ class _Gather(Protocol):
 class _FromDevice:
     """All images are on the device."""
 
-    def __init__(self, images: npt.NDArray[np.uint8], device: torch.device) -> None:
-        self._images = _as_tensor(images).to(device)
+    def __init__(self, images: torch.Tensor) -> None:
+        self._images = images
+
+    @classmethod
+    def if_it_fits(cls, data: ArrayData, device: torch.device) -> _FromDevice | None:
+        """None where the device's memory has filled up since the choice was made."""
+        images = data.images if data.rows is None else data.images[data.rows]
+        try:
+            return cls(_as_tensor(images).to(device))
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            return None
 
     def __call__(self, batches: list[Rows]) -> Iterator[torch.Tensor]:
         for rows in batches:
@@ -209,7 +225,7 @@ def _as_tensor(images: npt.NDArray[np.uint8]) -> torch.Tensor:
 class _FromFiles:
     """Images decoded by processes, which live as long as the split is used."""
 
-    def __init__(self, data: FileData) -> None:
+    def __init__(self, data: FileData, *, pinned: bool) -> None:
         self._order = _Order()
         self._loader = DataLoader(
             _Batches(data.reader),
@@ -219,12 +235,15 @@ class _FromFiles:
             # Not forked: the trainer has threads, and perhaps a GPU.
             multiprocessing_context="spawn" if data.num_loaders else None,
             persistent_workers=data.num_loaders > 0,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=pinned,
         )
 
     def __call__(self, batches: list[Rows]) -> Iterator[torch.Tensor]:
         self._order.batches = batches
-        yield from self._loader
+        for batch in self._loader:
+            if not isinstance(batch, torch.Tensor):
+                raise TrainingError(*batch)
+            yield batch
 
 
 class _Order:
@@ -239,14 +258,17 @@ class _Order:
         return len(self.batches)
 
 
-class _Batches(Dataset[torch.Tensor]):
+class _Batches(Dataset[Any]):
     """Whole batches, decoded in one go."""
 
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
 
-    def __getitems__(self, rows: list[int]) -> torch.Tensor:
-        return torch.from_numpy(self._reader.read(np.array(rows, dtype=np.int64)))
+    def __getitems__(self, rows: list[int]) -> torch.Tensor | tuple[str, str, str]:
+        try:
+            return torch.from_numpy(self._reader.read(np.array(rows, dtype=np.int64)))
+        except TrainingError as error:  # torch could not raise it again in the other process
+            return error.code, error.message, error.hint
 
 
 def _same(batch: Any) -> Any:

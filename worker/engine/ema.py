@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -35,6 +34,3 @@ class AveragedModel:
         torch._foreach_lerp_(self._ours, self._theirs, 1 - decay)
         if self._our_counters:
             torch._foreach_copy_(self._our_counters, self._their_counters)
-
-    def load_state_dict(self, weights: Mapping[str, torch.Tensor]) -> None:
-        self.model.load_state_dict(weights)

@@ -22,7 +22,7 @@ from worker.engine.data import Batch
 from worker.engine.distributed import Ranks
 from worker.engine.ema import AveragedModel
 from worker.engine.optim import build_optimizer, set_lr
-from worker.engine.runtime import Runtime
+from worker.engine.runtime import Runtime, out_of_memory
 
 
 class Learner:
@@ -83,6 +83,7 @@ class Learner:
         Raises:
             torch.OutOfMemoryError: the weights have not changed, and `halve` makes another try
                 smaller. (Batch norms may have counted a part of the batch already.)
+            TrainingError: `cuda_out_of_memory`, where the parameters alone are too many.
         """
         set_lr(self.optimizer, lr)
         try:
@@ -90,19 +91,24 @@ class Learner:
         except torch.OutOfMemoryError:
             self.optimizer.zero_grad(set_to_none=True)
             raise
+        try:
+            self._update()
+        except torch.OutOfMemoryError as error:  # No smaller part of a batch would help.
+            raise out_of_memory() from error
+        if self.ema is not None:
+            self.ema.update(number)
+        return sums
+
+    def _update(self) -> None:
         if self.spec.gradient_clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self._trained, self.spec.gradient_clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.ema is not None:
-            self.ema.update(number)
-        return sums
 
     def _backward(self, batch: Batch, draws: torch.Tensor, seed: int) -> torch.Tensor:
-        num_images = len(batch.labels)
-        length = -(-num_images // self.accumulate_steps)
+        num_images, length = len(batch.labels), self.part_size
         sums = torch.zeros(2, device=batch.labels.device)
         for place, start in enumerate(range(0, num_images, length)):
             rows = slice(start, start + length)
@@ -130,10 +136,15 @@ class Learner:
             num_right = (logits.argmax(dim=1) == labels).sum()
             return torch.stack((loss.detach() * len(labels), num_right))
 
+    @property
+    def part_size(self) -> int:
+        """Images of a micro-batch; the last one of a step may have fewer."""
+        return part_size(self.num_images, self.accumulate_steps, self.spec.part_unit)
+
     def halve(self) -> bool:
-        """Cuts a step into twice as many micro-batches; False when they cannot be cut evenly."""
-        length = self.num_images // self.accumulate_steps
-        if length % (2 * self.spec.part_unit):
+        """Cuts a step into twice as many micro-batches; False when they are single images, or
+        single pairs that are mixed."""
+        if self.part_size <= self.spec.part_unit:
             return False
         self.accumulate_steps *= 2
         return True
@@ -162,6 +173,11 @@ class Learner:
         self.scaler.load_state_dict(state["scaler"])
         # More than stored where ranks began again, with smaller parts, since memory ran out.
         self.accumulate_steps = max(self.accumulate_steps, state["accumulate_steps"])
+
+
+def part_size(num_images: int, num_parts: int, unit: int) -> int:
+    """Images in each of at most `num_parts` parts: a multiple of `unit`."""
+    return -(-num_images // (num_parts * unit)) * unit
 
 
 def _seed_device(device: torch.device, seed: int) -> None:

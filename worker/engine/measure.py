@@ -60,9 +60,11 @@ def measure(
         if runtime.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         step_seconds = _time_steps(trainer, seconds)
+        sample = val.first(trainer.val_batch_size * ranks.size)
+        data = DeviceData(sample, runtime.torch_device, runtime.data_path)
+        trainer.validate_on(data)  # chooses kernels, and starts what reads files
         start = time.perf_counter()
-        sample = val.first(spec.batch_size)
-        trainer.validate_on(DeviceData(sample, runtime.torch_device))
+        trainer.validate_on(data)
         validation_seconds = (time.perf_counter() - start) * len(val) / len(sample)
         return Measurement(
             images_per_second=trainer.batch_size / step_seconds,

@@ -44,7 +44,7 @@ class Runtime:
         return torch.device(self.device)
 
     def activate(self, *, deterministic: bool = False) -> None:
-        """Sets up this process: call it once, before anything is computed.
+        """Sets up this process, before it computes anything that counts. The last call holds.
 
         Raises:
             TrainingError: `device_not_available`, `not_enough_gpus`, as when a job resumes on
@@ -123,6 +123,14 @@ def typed_failures() -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise out_of_memory() from error
     except (RuntimeError, ValueError) as error:
+        if "STATUS_ALLOC_FAILED" in str(error):  # cuDNN's and cuBLAS's own memory
+            raise out_of_memory() from error
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise TrainingError(
+                "compile_failed",
+                "The network could not be compiled on this worker",
+                "Set compile to false, or install a C++ compiler there",
+            ) from error
         if "does not have a deterministic implementation" in str(error):
             raise TrainingError(
                 "not_deterministic",

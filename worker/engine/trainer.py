@@ -1,9 +1,9 @@
 """The training loop.
 
 It reports to a `Sink` and looks at a `Control`; it knows nothing of databases, files, signals or
-processes. Within an epoch the host never waits for the device, except to write the means of a log
-window. Whatever is random derives from the seed and the place in the run, and a checkpoint holds
-all else, so that a resumed run ends with the bits of an uninterrupted one.
+processes. Within an epoch the host of a single process never waits for the device, except to write
+the means of a log window. Whatever is random derives from the seed and the place in the run, and a
+checkpoint holds all else, so that a resumed run ends with the bits of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -198,7 +198,8 @@ class Trainer:
         )
         self.train_data = DeviceData(train, device, runtime.data_path)
         self.val_data = DeviceData(val, device, runtime.data_path)
-        self.val_batch_size = spec.batch_size
+        num_parts = 1 if ranks.size == 1 else ranks.size * spec.accumulate_steps
+        self.val_batch_size = max(1, spec.batch_size // num_parts)
         self.schedule = Schedule(
             spec.scheduler,
             spec.optimizer.lr,
@@ -410,8 +411,7 @@ class Trainer:
         )
 
     def tell_halved(self) -> None:
-        num_parts = self.learner.accumulate_steps
-        size = self.batch_size // self.ranks.size // num_parts
+        num_parts, size = self.learner.accumulate_steps, self.learner.part_size
         self.sink.event(
             "warning",
             "micro_batch_halved",
@@ -505,7 +505,8 @@ class Trainer:
             "metrics": self.metrics,
             "best": None if self.best is None else asdict(self.best),
             "patience": self.patience.state_dict(),
-            "stop_reason": self.stop_reason,
+            # Asked to leave while validating the last weights, the next attempt validates them.
+            "stop_reason": self.stop_reason if self.stored_validation else None,
             "last_finite_loss": self.last_finite_loss,
             "epoch_seconds": self.epoch_seconds,
             "training_seconds": self.training_seconds,

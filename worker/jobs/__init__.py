@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from shared import repository
 from skipline.schemas import JobKind
 from skipline.specs import EvaluateSpec, IngestSpec, TrainSpec
-from worker.jobs.context import Context
+from worker.jobs.context import Context, remove_unregistered
 from worker.jobs.datasets import bring_in
 from worker.jobs.evaluation import evaluate
 from worker.jobs.training import dry_run, train
@@ -31,14 +30,3 @@ def run(context: Context) -> None:
             evaluate(context, spec)
         case IngestSpec() as spec:
             bring_in(context, spec)
-
-
-def remove_unregistered(context: Context) -> None:
-    """Deletes what an attempt before wrote and did not come to register."""
-    job_id = context.fence.job_id
-    with context.database.read_scope() as session:
-        registered = repository.registered_keys(session, job_id)
-    for prefix in (f"jobs/{job_id}", f"datasets/{job_id}"):
-        for key in context.storage.keys(prefix):
-            if key not in registered:
-                context.storage.delete(key)

@@ -56,3 +56,14 @@ class Context:
             )
 
         self.sink.finish(write)
+
+
+def remove_unregistered(context: Context) -> None:
+    """Deletes what was written for the job and never came to be registered."""
+    job_id = context.fence.job_id
+    with context.database.read_scope() as session:
+        registered = repository.registered_keys(session, job_id)
+    for prefix in (f"jobs/{job_id}", f"datasets/{job_id}"):
+        for key in context.storage.keys(prefix):
+            if key not in registered:
+                context.storage.delete(key)

@@ -13,7 +13,7 @@ from shared.tables import Checkpoint
 from shared.vision.bundle import Bundle, read_bundle
 from skipline.schemas import Report
 from skipline.specs import EvaluateSpec
-from worker.engine.data import SplitData
+from worker.engine.data import DataPath, FileData, SplitData
 from worker.engine.evaluate import Evaluation, build_report, evaluate_bundle
 from worker.engine.runtime import Runtime
 from worker.jobs.context import Context
@@ -31,7 +31,8 @@ def evaluate(context: Context, spec: EvaluateSpec) -> None:
     images = images_of(context, dataset, bundle.preprocessing.image_size, "auto")
     assert spec.split is not None, "stored specs are resolved"
     data = split_data(images, spec.split, num_loaders(context.settings))
-    runtime = evaluation_runtime(context, spec, checkpoint)
+    data_path: DataPath = "files" if isinstance(data, FileData) else "mapped"
+    runtime = evaluation_runtime(context, spec, checkpoint, data_path)
     evaluation = evaluation_of(
         context, checkpoint, data, runtime, spec.batch_size, context.show_images
     )

@@ -29,6 +29,7 @@ from worker.datasets.splits import split_train
 from worker.engine.data import ArrayData, FileData, SplitData
 from worker.engine.distributed import ALONE, Ranks
 from worker.engine.events import Control, Sink, TrainingCheckpoint
+from worker.engine.learner import part_size
 from worker.engine.measure import Measurement, measure
 from worker.engine.resume import RESUME_FILE, load_resume
 from worker.engine.runtime import Runtime
@@ -105,7 +106,7 @@ class Plan:
         """The network before its first step.
 
         Raises:
-            TrainingError: `weights_do_not_fit`, `download_failed`.
+            TrainingError: `weights_do_not_fit`, `download_failed`, `weights_damaged`.
             CheckpointCorrupt: the checkpoint to start from is damaged.
         """
         model = new_model(self.spec, len(self.classes))
@@ -130,8 +131,9 @@ class Plan:
 
     def with_smaller_parts(self) -> Plan | None:
         """The same with micro-batches of half the size; None when they cannot be halved."""
-        num_parts = self.accumulate_steps * self.runtime.num_processes
-        if self.spec.batch_size % (2 * num_parts * self.spec.part_unit):
+        num_images = self.spec.batch_size // self.runtime.num_processes
+        unit = self.spec.part_unit
+        if part_size(num_images, self.accumulate_steps, unit) <= unit:
             return None
         return replace(self, accumulate_steps=2 * self.accumulate_steps)
 

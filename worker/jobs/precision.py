@@ -78,9 +78,9 @@ def measured_speeds(
     return Speeds(speeds, is_new=True, is_kept=is_kept)
 
 
-def compile_pays(num_images: int, images_per_second: float) -> bool:
-    """Whether a training of so many images on a GPU is long enough to be compiled first."""
-    return num_images / images_per_second * COMPILE_GAIN > COMPILE_SECONDS
+def compile_pays(training_seconds: float) -> bool:
+    """Whether a training that takes so long on a GPU is long enough to be compiled first."""
+    return training_seconds * COMPILE_GAIN > COMPILE_SECONDS
 
 
 def _key(spec: TrainSpec, runtime: Runtime) -> str:

@@ -7,12 +7,14 @@ and leaves with it. The first rank reports to the database; all get the same pla
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, cast
@@ -24,7 +26,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from shared import logs
 from shared.database import Database
-from shared.errors import TrainingError
+from shared.errors import AppError, TrainingError
 from shared.settings import get_settings
 from shared.storage import Storage
 from skipline.schemas import Progress
@@ -34,7 +36,6 @@ from worker.engine.events import (
     Control,
     Released,
     Request,
-    Sink,
     TrainingCheckpoint,
 )
 from worker.jobs.plan import Plan, Work
@@ -42,15 +43,39 @@ from worker.sink import DatabaseSink
 
 LOOK_SECONDS = 0.05
 """How often a request is passed on, and a rank looks for its parent."""
-ORPHANED = 70
-"""Exit code of a rank whose parent is gone."""
-REQUEST, OUT_OF_MEMORY = 0, 1
-"""Places in the bytes that parent and ranks share."""
+ORPHANED, FAILED = 70, 71
+"""Exit codes of a rank whose parent is gone, and of one that failed."""
 REQUESTS: tuple[Request | None, ...] = (None, "cancel", "release")
+OUT_OF_MEMORY = "cuda_out_of_memory"
+MAX_ERROR_BYTES = 16_384
 
 T = TypeVar("T")
-Flags = Any
-"""Shared bytes: the parent writes the request, a rank that its memory ran out."""
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """Memory that parent and ranks share. The parent writes the place of a request in `REQUESTS`;
+    a rank that fails writes why, as JSON."""
+
+    request: Any
+    error: Any
+
+    @staticmethod
+    def new() -> _Shared:
+        context = multiprocessing.get_context("spawn")
+        return _Shared(context.RawArray("b", 1), context.RawArray("c", MAX_ERROR_BYTES))
+
+    def write_error(self, code: str, message: str, hint: str) -> None:
+        document = json.dumps([code, message[:2000], hint[:2000]]).encode()
+        self.error.value = document[: MAX_ERROR_BYTES - 1]
+
+    def read_error(self) -> tuple[str, str, str] | None:
+        """None when no rank said why it ended, or was ended while it said so."""
+        try:
+            code, message, hint = json.loads(self.error.value)
+        except ValueError:
+            return None
+        return code, message, hint
 
 
 class RanksOutOfMemory(Exception):
@@ -62,9 +87,8 @@ class RanksOutOfMemory(Exception):
 class _Outcome:
     """How the first rank ended, in words that travel between processes."""
 
-    kind: Literal["finished", "cancel", "release", "failed"]
+    kind: Literal["finished", "cancel", "release"]
     result: Any = None
-    error: tuple[str, str, str] | None = None
 
 
 def run_in_ranks(plan: Plan, work: Work[T], control: Control) -> T:
@@ -72,20 +96,23 @@ def run_in_ranks(plan: Plan, work: Work[T], control: Control) -> T:
 
     Raises:
         RanksOutOfMemory: the memory of one of them ran out; all have ended.
+        TrainingError: as `work` raised it in one of them, or in all.
         ChildFailedError: one of them died, which it also does when another attempt owns the job.
-        As `work` else.
+        Cancelled, Released: as `work`.
     """
-    flags = multiprocessing.get_context("spawn").RawArray("b", 2)
-    with _passing_on(control, flags):
+    shared = _Shared.new()
+    with _passing_on(control, shared):
         try:
-            return cast(T, _result_of(_launch(plan, work, flags)))
+            return cast(T, _result_of(_launch(plan, work, shared)))
         except ChildFailedError as error:
-            if flags[OUT_OF_MEMORY]:
-                raise RanksOutOfMemory from error
-            raise
+            code = shared.read_error()
+            if code is None:
+                raise
+            failure = TrainingError(*code)
+            raise (RanksOutOfMemory if failure.code == OUT_OF_MEMORY else failure) from error
 
 
-def _launch(plan: Plan, work: Work[Any], flags: Flags) -> _Outcome:
+def _launch(plan: Plan, work: Work[Any], shared: _Shared) -> _Outcome:
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -98,7 +125,7 @@ def _launch(plan: Plan, work: Work[Any], flags: Flags) -> _Outcome:
         start_method="spawn",
     )
     answers: Mapping[int, _Outcome | None] = elastic_launch(config, _rank_main)(
-        plan, work, flags, os.getpid()
+        plan, work, shared, os.getpid()
     )
     outcome = answers[0]
     assert outcome is not None, "the first rank says how it ended"
@@ -111,20 +138,17 @@ def _result_of(outcome: _Outcome) -> Any:
             raise Cancelled
         case "release":
             raise Released
-        case "failed":
-            assert outcome.error is not None
-            raise TrainingError(*outcome.error)
     return outcome.result
 
 
 @contextmanager
-def _passing_on(control: Control, flags: Flags) -> Iterator[None]:
+def _passing_on(control: Control, shared: _Shared) -> Iterator[None]:
     """Hands what this process is asked to do on to the ranks."""
     over = threading.Event()
 
     def pass_on() -> None:
         while not over.wait(LOOK_SECONDS):
-            flags[REQUEST] = REQUESTS.index(control.look())
+            shared.request[0] = REQUESTS.index(control.look())
 
     thread = threading.Thread(target=pass_on, name="ranks", daemon=True)
     thread.start()
@@ -138,9 +162,25 @@ def _passing_on(control: Control, flags: Flags) -> Iterator[None]:
 # ---------------------------------------------------------------------------------- in each rank
 
 
-def _rank_main(plan: Plan, work: Work[Any], flags: Flags, parent_pid: int) -> _Outcome | None:
-    """What a rank runs."""
+def _rank_main(plan: Plan, work: Work[Any], shared: _Shared, parent_pid: int) -> _Outcome | None:
+    """What a rank runs. One that fails leaves at once, without a word to the others, who may wait
+    for it in the middle of a step: the launcher ends them."""
     _leave_with(parent_pid)
+    try:
+        outcome = _take_part(plan, work, shared)
+    except BaseException as error:
+        if isinstance(error, TrainingError):
+            shared.write_error(error.code, error.message, error.hint)
+        elif isinstance(error, AppError):
+            shared.write_error(error.code, error.detail, error.title)
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(FAILED)
+    distributed.destroy_process_group()
+    return outcome
+
+
+def _take_part(plan: Plan, work: Work[Any], shared: _Shared) -> _Outcome | None:
     settings = get_settings()
     logs.configure(settings)
     ranks = Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
@@ -152,44 +192,26 @@ def _rank_main(plan: Plan, work: Work[Any], flags: Flags, parent_pid: int) -> _O
     distributed.init_process_group(
         "cpu:gloo,cuda:nccl" if plan.runtime.device == "cuda" else "gloo"
     )
-    control = _SharedControl(flags)
+    control = _SharedControl(shared)
     storage = Storage(settings.artifacts_path)
-    try:
-        if not ranks.is_first:
-            _outcome_of(work, plan, storage, _Silent(), control, ranks, flags)
-            return None
-        database = Database(settings.database)
-        with DatabaseSink(database, storage, plan.fence, control) as sink:
-            plan.prepare(sink)
-            outcome = _outcome_of(work, plan, storage, sink, control, ranks, flags)
-            sink.flush()
-            return outcome
-    finally:
-        distributed.destroy_process_group()
+    if not ranks.is_first:
+        _outcome_of(lambda: work(plan, storage, _Silent(), control, ranks))
+        return None
+    with DatabaseSink(Database(settings.database), storage, plan.fence, control) as sink:
+        plan.prepare(sink)
+        outcome = _outcome_of(lambda: work(plan, storage, sink, control, ranks))
+        sink.flush()
+        return outcome
 
 
-def _outcome_of(
-    work: Work[Any],
-    plan: Plan,
-    storage: Storage,
-    sink: Sink,
-    control: Control,
-    ranks: Ranks,
-    flags: Flags,
-) -> _Outcome:
-    """What all ranks find alike is an answer. What one of them meets alone is raised, and ends
-    them all."""
+def _outcome_of(work: Callable[[], Any]) -> _Outcome:
+    """What all ranks come to together is an answer, not an error."""
     try:
-        return _Outcome("finished", work(plan, storage, sink, control, ranks))
+        return _Outcome("finished", work())
     except Cancelled:
         return _Outcome("cancel")
     except Released:
         return _Outcome("release")
-    except TrainingError as error:
-        if error.code == "cuda_out_of_memory":
-            flags[OUT_OF_MEMORY] = 1
-            raise
-        return _Outcome("failed", error=(error.code, error.message, error.hint))
 
 
 def _leave_with(parent_pid: int) -> None:
@@ -206,11 +228,11 @@ def _leave_with(parent_pid: int) -> None:
 class _SharedControl(Control):
     """What the parent was asked to do."""
 
-    def __init__(self, flags: Flags) -> None:
-        self._flags = flags
+    def __init__(self, shared: _Shared) -> None:
+        self._shared = shared
 
     def look(self) -> Request | None:
-        return self.request or REQUESTS[self._flags[REQUEST]]
+        return self.request or REQUESTS[self._shared.request[0]]
 
 
 class _Silent:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -22,6 +24,7 @@ from worker.engine.runtime import (
     Runtime,
     check_precision,
     choose_device,
+    typed_failures,
 )
 from worker.engine.trainer import new_model
 from worker.jobs.context import Context
@@ -70,7 +73,9 @@ def training_runtime(
     return runtime
 
 
-def evaluation_runtime(context: Context, spec: EvaluateSpec, checkpoint: Checkpoint) -> Runtime:
+def evaluation_runtime(
+    context: Context, spec: EvaluateSpec, checkpoint: Checkpoint, data_path: DataPath
+) -> Runtime:
     """The runtime of an evaluation, active: in the precision that the model was trained in, as far
     as the device has it.
 
@@ -83,7 +88,7 @@ def evaluation_runtime(context: Context, spec: EvaluateSpec, checkpoint: Checkpo
     precision: Precision = trained.get("precision", "fp32")
     if device == "cpu" and precision in ("tf32", "fp16"):
         precision = "fp32"
-    runtime = Runtime(device, precision, torch.get_num_threads())
+    runtime = Runtime(device, precision, torch.get_num_threads(), data_path)
     _activate(context, runtime, deterministic=False)
     _tell(context, runtime)
     return runtime
@@ -110,17 +115,18 @@ def _chosen(
         num_processes=num_processes,
     )
     check_precision(runtime.precision, device)
-    wants_compiler = spec.compile == "auto" and device == "cuda"
+    wants_compiler = spec.compile == "auto" and device == "cuda" and _has_compiler()
     if spec.precision != "auto" and not wants_compiler:
         return runtime
     runtime.activate(deterministic=spec.deterministic)
-    speeds = measured_speeds(
-        spec,
-        lambda: new_model(spec, len(dataset.classes)),
-        summary.multiply_adds,
-        runtime,
-        context.settings.cache_path / "precision.json",
-    )
+    with typed_failures():
+        speeds = measured_speeds(
+            spec,
+            lambda: new_model(spec, len(dataset.classes)),
+            summary.multiply_adds,
+            runtime,
+            context.settings.cache_path / "precision.json",
+        )
     precision = speeds.fastest if spec.precision == "auto" else runtime.precision
     listed = ", ".join(f"{name} {rate:,.0f}" for name, rate in speeds.images_per_second.items())
     context.sink.event(
@@ -131,13 +137,22 @@ def _chosen(
         f"{'' if speeds.is_kept else '. The machine was busy: the next job measures again'}",
         {"images_per_second": speeds.images_per_second, "is_new": speeds.is_new},
     )
-    num_images = spec.epochs * dataset.splits["train"]["num_images"]
     rate = speeds.images_per_second.get(precision, max(speeds.images_per_second.values()))
+    num_images = spec.batch_size if spec.sanity_check else dataset.splits["train"]["num_images"]
+    seconds = spec.epochs * num_images / rate
+    if spec.time_budget_seconds is not None:
+        seconds = min(seconds, spec.time_budget_seconds)
     return replace(
         runtime,
         precision=precision,
-        compile=runtime.compile or (wants_compiler and compile_pays(num_images, rate)),
+        compile=runtime.compile or (wants_compiler and compile_pays(seconds)),
     )
+
+
+def _has_compiler() -> bool:
+    """Whether torch can compile for a GPU here: it calls Triton and a C compiler."""
+    has_triton = importlib.util.find_spec("triton") is not None
+    return has_triton and shutil.which(os.environ.get("CC", "cc")) is not None
 
 
 def _data_path(settings: Settings, spec: TrainSpec, images: Images, device: Device) -> DataPath:

@@ -30,7 +30,7 @@ from worker.engine.distributed import ALONE
 from worker.engine.evaluate import build_report
 from worker.engine.resume import RESUME_FILE, load_resume
 from worker.engine.runtime import out_of_memory
-from worker.jobs.context import Context
+from worker.jobs.context import Context, remove_unregistered
 from worker.jobs.datasets import dataset_of, images_of
 from worker.jobs.evaluation import evaluation_of, result_of
 from worker.jobs.plan import Plan, Work, fit_plan, measure_plan
@@ -40,8 +40,9 @@ from worker.jobs.runtime import num_loaders, stored_runtime, training_runtime
 T = TypeVar("T")
 log = structlog.get_logger(__name__)
 
+SAMPLES = "samples"
 NUM_SAMPLES = 32
-"""Images of the grid of samples."""
+"""The picture's name, and how many images it shows."""
 IMAGENET_CHANNELS = ChannelsSpec(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
 
@@ -52,6 +53,8 @@ def train(context: Context, spec: TrainSpec) -> None:
     context.sink.persist(lambda session: repository.add_summary(session, context.fence, summary))
     with drawing_samples(context, plan):
         result = carry_out(context, plan, fit_plan)
+    # The ranks are gone, and with them the reason to leave cores to others.
+    torch.set_num_threads(plan.runtime.num_threads * plan.runtime.num_processes)
     with context.database.read_scope() as session:
         best = repository.find_model(session, context.fence.job_id)
     split = selection_split(spec, plan.images.counts)
@@ -121,6 +124,7 @@ def carry_out(context: Context, plan: Plan, work: Work[T]) -> T:
                 "The batch stays as it was",
                 {"accumulate_steps": num_parts},
             )
+            remove_unregistered(context)
             plan = replace(smaller, resume_key=last_key(context, goes_on=True))
 
 
@@ -143,7 +147,7 @@ def plan_of(context: Context, spec: TrainSpec) -> tuple[Plan, Summary]:
         preprocessing=preprocessing_of(spec, dataset),
         runtime=runtime,
         accumulate_steps=spec.accumulate_steps,
-        num_loaders=num_loaders(context.settings),
+        num_loaders=max(1, num_loaders(context.settings) // runtime.num_processes),
         weights_folder=context.settings.cache_path / "weights",
         resume_key=last_key(context),
         init_key=init_key(context),
@@ -228,13 +232,20 @@ def drop_later(context: Context, chosen: Checkpoint | None) -> None:
 
 @contextmanager
 def drawing_samples(context: Context, plan: Plan) -> Iterator[None]:
-    """Draws a grid of training images beside the training, which does not wait for it."""
+    """Draws a grid of training images beside the training, which does not wait for it, unless an
+    attempt before has drawn it."""
+    job_id = context.fence.job_id
+    with context.database.read_scope() as session:
+        is_drawn = repository.has_picture(session, job_id, SAMPLES)
+    if is_drawn:
+        yield
+        return
 
     def draw() -> None:
         try:
             png = samples_png(plan)
             context.sink.persist(
-                lambda session: repository.add_picture(session, context.fence, "samples", png)
+                lambda session: repository.add_picture(session, context.fence, SAMPLES, png)
             )
         except Exception as error:  # A training is worth more than its picture.
             log.warning("no samples were drawn", error=type(error).__name__)

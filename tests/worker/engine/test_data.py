@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from shared.errors import TrainingError
 from worker.engine.data import (
     ArrayData,
     Batch,
@@ -18,6 +19,7 @@ from worker.engine.data import (
     FileData,
     Purpose,
     Rows,
+    _FromDevice,
     choose_data_path,
     epoch_generator,
     epoch_order,
@@ -137,6 +139,36 @@ def test_images_from_files_give_the_batches_of_packed_ones(num_loaders: int) -> 
     assert list(islice((b.samples.tolist() for b in files.batches(CHOSEN)), 1)) == [[2, 0]]
     assert as_lists(files.batches(CHOSEN)) == expected  # also after a pass that was left early
     assert as_lists(files.batches(CHOSEN[:1])) == expected[:1]
+
+
+class Damaged(Levels):
+    """A reader of files that do not decode."""
+
+    def read(self, rows: Rows) -> npt.NDArray[np.uint8]:
+        raise TrainingError("dataset_damaged", "It does not decode", "Bring it in again")
+
+
+@pytest.mark.parametrize("num_loaders", [0, 1], ids=["by this process", "by another process"])
+def test_what_is_wrong_with_files_keeps_its_code(num_loaders: int) -> None:
+    data = DeviceData(FileData(Damaged(numbered(4).labels), num_loaders), CPU)
+    with pytest.raises(TrainingError) as caught:
+        next(data.batches([np.array([1])]))
+    assert caught.value.code == "dataset_damaged"
+    assert caught.value.hint == "Bring it in again"
+
+
+def test_images_that_do_not_fit_any_more_are_mapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(self: torch.Tensor, device: torch.device) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    whole = numbered(4)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "to", no_room)
+        assert _FromDevice.if_it_fits(whole, CPU) is None
+    monkeypatch.setattr(_FromDevice, "if_it_fits", lambda data, device: None)
+    (batch,) = DeviceData(whole, CPU, "resident").batches([np.array([2, 0])])
+    assert batch.labels.tolist() == [2, 0]
+    assert batch.images[:, 0, 0, 0].tolist() == [2, 0]
 
 
 def test_files_are_read_by_sample() -> None:

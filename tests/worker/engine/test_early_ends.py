@@ -193,6 +193,21 @@ def test_a_validation_that_was_not_stored_is_stored_when_time_is_over(
     assert run.result.metrics["val_loss"] == sink.values("val_loss")[-1]
 
 
+def test_who_is_released_while_validating_the_last_weights_validates_them_next(
+    run_timed: Any, tmp_path: Path
+) -> None:
+    spec = tiny_spec(epochs=9, time_budget_seconds=2.5)
+    sink = Recorder()
+    with pytest.raises(Released):  # Two steps, then the time is over; the second batch of images.
+        run_timed(ReleaseAtSecond(5), spec=spec, sink=sink)
+    assert [(c.step, dict(c.metrics)) for c in sink.checkpoints] == [(2, {})]
+    resume = through_files(sink.checkpoints[-1], spec, tmp_path / "0")
+    run = run_timed(spec=spec, sink=sink, resume=resume)
+    assert (run.result.step, run.result.stop_reason) == (2, "time_budget")
+    assert [(n, step) for n, step, _, _ in sink.points if n == "val_loss"] == [("val_loss", 2)]
+    assert run.result.best.value == sink.values("val_loss")[0]
+
+
 # Sanity checks
 
 

@@ -185,15 +185,25 @@ def test_who_goes_on_with_smaller_parts_than_were_stored_keeps_them(tmp_path: Pa
     assert run.sink.events == ["resumed"]
 
 
+def test_parts_that_do_not_halve_evenly_give_the_same_step() -> None:
+    """A batch of 6 in parts of 3, then of 2 (there are at most four, so the last is spared)."""
+    spec = tiny_spec(batch_size=6)
+    sink = Recorder()
+    halved = run_fit(spec, model=hungry(2)(spec), sink=sink)
+    assert [data["micro_batch_size"] for data in sink.event_data] == [3, 2]
+    whole = run_fit(spec, model=hungry(6)(spec))
+    assert halved.sink.values("val_loss") == pytest.approx(whole.sink.values("val_loss"), rel=1e-4)
+
+
 @pytest.mark.parametrize(
-    ("batch_size", "capacity", "num_halved"),
-    [(8, 0, 3), (6, 2, 1)],
-    ids=["a single image", "three images, which do not halve"],
+    ("batch_size", "augment", "capacity", "num_halved"),
+    [(8, [], 0, 3), (6, [], 0, 3), (8, ["mixup"], 1, 2)],
+    ids=["a single image", "parts of 3, 2 and 1", "a pair that is mixed"],
 )
 def test_when_no_part_fits_training_fails_with_a_hint(
-    batch_size: int, capacity: int, num_halved: int
+    batch_size: int, augment: list[str], capacity: int, num_halved: int
 ) -> None:
-    spec = tiny_spec(batch_size=batch_size)
+    spec = tiny_spec(batch_size=batch_size, augment=augment)
     sink = Recorder()
     with pytest.raises(TrainingError) as caught:
         run_fit(spec, model=hungry(capacity)(spec), sink=sink)

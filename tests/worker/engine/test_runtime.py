@@ -5,6 +5,7 @@ from typing import Literal
 
 import pytest
 import torch
+import torch._dynamo
 from torch import nn
 
 from shared.errors import TrainingError
@@ -96,6 +97,8 @@ def test_autocast_computes_in_the_precision(precision: str, dtype: torch.dtype) 
     [
         (torch.OutOfMemoryError("CUDA out of memory"), "cuda_out_of_memory"),
         (RuntimeError("x does not have a deterministic implementation"), "not_deterministic"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), "cuda_out_of_memory"),
+        (torch._dynamo.exc.TorchRuntimeError("no C++ compiler"), "compile_failed"),
         (ValueError("Expected more than 1 value per channel when training"), "batch_too_small"),
     ],
 )

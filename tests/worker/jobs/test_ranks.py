@@ -58,6 +58,15 @@ def sizes_unless_memory_ran_out(
         return ranks.gather(10 * ranks.rank + plan.accumulate_steps)
 
 
+def disk_full_on_the_second(
+    plan: Plan, storage: Storage, sink: Sink, control: Control, ranks: Ranks
+) -> list[int]:
+    """One rank fails by itself while the other waits for it."""
+    if ranks.rank == 1:
+        raise TrainingError("disk_full", "There is no disk left: ü", "Free some")
+    return ranks.gather(1)
+
+
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What the ranks, which are processes of their own, find by their settings."""
@@ -74,6 +83,17 @@ def test_one_rank_without_memory_ends_all_and_smaller_parts_succeed(home: Path) 
         run_in_ranks(plan, sizes_unless_memory_ran_out, Control())
     smaller = replace(plan, accumulate_steps=4)
     assert run_in_ranks(smaller, sizes_unless_memory_ran_out, Control()) == [4, 14]
+
+
+def test_what_one_rank_met_alone_is_the_jobs_error(home: Path) -> None:
+    with pytest.raises(TrainingError) as caught:
+        run_in_ranks(plan_of(home), disk_full_on_the_second, Control())
+    error = caught.value
+    assert (error.code, error.message, error.hint) == (
+        "disk_full",
+        "There is no disk left: ü",
+        "Free some",
+    )
 
 
 @dataclass
@@ -104,6 +124,7 @@ def carry_out(
 
     monkeypatch.setattr(training, "run_in_ranks", run)
     monkeypatch.setattr(training, "last_key", last_key)
+    monkeypatch.setattr(training, "remove_unregistered", lambda context: None)
     context = cast(Context, SimpleNamespace(sink=sink, control=Control()))
     assert training.carry_out(context, plan, sizes_unless_memory_ran_out) == "done"  # type: ignore[comparison-overlap]
     return tries, sink
@@ -122,8 +143,9 @@ def test_each_try_goes_on_from_the_last_checkpoint_with_parts_of_half_the_size(
 
 @pytest.mark.parametrize(
     ("keys", "num_tries"),
-    # Two ranks cut a batch of 16 into 8, 4, 2 and 1 each; pairs that are mixed stay together.
-    [({}, 4), ({"augment": ["mixup"]}, 3), ({"batch_size": 6}, 1)],
+    # Two ranks cut a batch of 16 into parts of 8, 4, 2 and 1; pairs that are mixed stay together.
+    # One of 6 is cut into 3, 2 and 1, of which the last part of a step may have fewer.
+    [({}, 4), ({"augment": ["mixup"]}, 3), ({"batch_size": 6}, 3)],
 )
 def test_parts_that_cannot_be_halved_any_more_fail_the_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: dict[str, Any], num_tries: int
@@ -138,6 +160,7 @@ def test_parts_that_cannot_be_halved_any_more_fail_the_job(
 
     monkeypatch.setattr(training, "run_in_ranks", run)
     monkeypatch.setattr(training, "last_key", lambda context, goes_on: None)
+    monkeypatch.setattr(training, "remove_unregistered", lambda context: None)
     context = cast(Context, SimpleNamespace(sink=Events(), control=Control()))
     with pytest.raises(TrainingError) as caught:
         training.carry_out(context, plan, sizes_unless_memory_ran_out)
