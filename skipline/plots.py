@@ -178,18 +178,19 @@ def _draw_accuracy(axes: Axes, metrics: Metrics) -> None:
     _draw_line(axes, metrics.series.get("val_top5"), "validation top-5", VAL_TOP5, marker=True)
     top1 = metrics.series.get("val_top1")
     _draw_line(axes, top1, "validation top-1", VAL, marker=True)
+    axes.set_ylim(top=1.02)
     if top1:
         best = max(top1, key=lambda point: point.value)
+        is_low = best.value < sum(axes.get_ylim()) / 2
         axes.annotate(
             f"{best.value:.1%}",
             (best.step, best.value),
-            xytext=(0, -14),
+            xytext=(0, 8 if is_low else -14),
             textcoords="offset points",
             ha="right",
             color=VAL,
             fontweight="bold",
         )
-    axes.set_ylim(top=1.02)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     _finish(axes)
 

@@ -9,6 +9,7 @@ imports anyway.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Literal
 
@@ -35,7 +36,7 @@ _VGG_CHANNELS = 512
 """Channels of the last map of every VGG."""
 
 
-class Network(nn.Module):
+class Network(nn.Module, ABC):
     """A classifier: float [B, 3, H, W] -> logits [B, C].
 
     Its last feature map is a ResNet's after the last stage, and a VGG's after the last group of
@@ -46,13 +47,13 @@ class Network(nn.Module):
     """Modules that stay in eval mode, so that their norms keep their statistics;
     `shared.vision.transfer.freeze` names them."""
 
+    @abstractmethod
     def feature_map(self, images: torch.Tensor) -> torch.Tensor:
         """float [B, 3, H, W] -> the last feature map, float [B, K, h, w]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def classify(self, features: torch.Tensor) -> torch.Tensor:
         """The last feature map, float [B, K, h, w] -> logits [B, C]."""
-        raise NotImplementedError
 
     def forward_with_features(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """float [B, 3, H, W] -> logits [B, C] and the last feature map, float [B, K, h, w]."""
@@ -116,7 +117,7 @@ def _initialize(network: Network, init: Literal["kaiming", "torch"]) -> None:
 # ResNets
 
 
-class _Block(nn.Module):
+class _Block(nn.Module, ABC):
     """A residual block: ReLU(branch(x) + shortcut(x)). In training the branch of each image is
     dropped with probability `drop_rate`, and scaled up otherwise (Huang et al., 2016)."""
 
@@ -128,8 +129,9 @@ class _Block(nn.Module):
     downsample: nn.Module | None
     drop_rate = 0.0
 
+    @abstractmethod
     def branch(self, x: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
+        """What is added to the shortcut, before the ReLU."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = self.branch(x)

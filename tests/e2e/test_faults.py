@@ -15,8 +15,8 @@ from skipline import Skipline
 from skipline.schemas import Job, JobStatus, MetricEvent, RewindEvent
 from tests.e2e.conftest import Service, bring_in, free_port, tiny_spec, wait_for
 
-LONG = 16
-"""Epochs of a run that faults are done to: 96 steps."""
+LONG = 10
+"""Epochs of a run that faults are done to: 60 steps."""
 
 
 def begin(client: Skipline, stripes: Path, **keys: Any) -> Job:
