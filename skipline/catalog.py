@@ -379,7 +379,7 @@ def _check_resources(spec: TrainSpec, cluster: ClusterFacts | None, refuse: Refu
     device, num_processes = spec.resources.device, spec.resources.num_processes
     max_gpus = cluster.max_gpus if cluster else None
     if spec.precision in ("tf32", "fp16") and (device == "cpu" or max_gpus == 0):
-        where = "on the CPU" if device == "cpu" else "and no worker has one"
+        where = "and the job asks for the CPU" if device == "cpu" else "and no worker has one"
         refuse("precision", f"{spec.precision} needs a GPU {where}; use auto, fp32 or bf16")
     elif needs_gpu(spec) and max_gpus is not None and num_processes > max_gpus:
         has = f"the worker with the most has {max_gpus}" if max_gpus else "no worker has a GPU"
@@ -388,10 +388,12 @@ def _check_resources(spec: TrainSpec, cluster: ClusterFacts | None, refuse: Refu
     if spec.batch_size % (parts * spec.part_unit) and (parts > 1 or spec.batch_size == 1):
         key = "accumulate_steps" if spec.accumulate_steps > 1 else "resources.num_processes"
         pairs = " of pairs, which mixing needs" if spec.part_unit > 1 else ""
-        refuse(
-            key if parts > 1 else "batch_size",
-            f"A batch of {spec.batch_size} cannot be cut into {parts} equal parts{pairs}",
-        )
+        if parts == 1:
+            refuse("batch_size", "Mixing needs two images at least")
+        else:
+            refuse(
+                key, f"A batch of {spec.batch_size} cannot be cut into {parts} equal parts{pairs}"
+            )
 
 
 def _scheduler(spec: TrainSpec, refuse: Refuse) -> Any:
