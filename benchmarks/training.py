@@ -188,7 +188,7 @@ def choose_files(
 def lay_out(
     arguments: argparse.Namespace, system: System, folder: Path, num_classes: int | None = None
 ) -> None:
-    """The files of this run as `folder/train/<class>/` and `folder/val/<class>/`."""
+    """The files of this run as `folder/files/train/<class>/` and `folder/files/val/<class>/`."""
     root = arguments.data
     num_images = arguments.images or system.num_images
     if root is None:
@@ -291,6 +291,15 @@ def show(document: dict[str, Any]) -> None:
         )
 
 
+def warm_up(arguments: argparse.Namespace, system: System, batch_size: int, folder: Path) -> None:
+    """A batch by each contender that counts for none: whoever comes first would make the kernels
+    of this batch size for the others, and touch the memory for them."""
+    once = argparse.Namespace(**vars(arguments) | {"images": batch_size})
+    lay_out(once, system, folder)
+    for run in contenders(enter(once, system, folder)).values():
+        run()
+
+
 def measure(arguments: argparse.Namespace, system: System) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="skipline-bench-") as name:
         lay_out(arguments, system, Path(name))
@@ -301,6 +310,7 @@ def measure(arguments: argparse.Namespace, system: System) -> dict[str, Any]:
             f"{arguments.threads} threads, {arguments.workers} loader processes "
             f"({published.NUM_WORKERS} in the description)"
         )
+        warm_up(arguments, system, spec.batch_size, Path(name) / "warm-up")
         turns = take_turns(contenders(entry), arguments.rounds)
         document = summarize(turns, entry.data.seconds, entry.auto_precision)
     show(document)
