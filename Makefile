@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo up test lint format migrate bench constraints clean
+.PHONY: help demo up test soak lint format migrate bench constraints clean
 
 ARGS ?=
 BIN := .venv/bin
@@ -26,6 +26,9 @@ migrate: .venv/.server ## Bring the database to the newest schema
 
 test: .venv/.test ## Run every test
 	@$(BIN)/python -m pytest $(ARGS)
+
+soak: .venv/.test ## Kill processes at random for ten minutes while short jobs run
+	@$(BIN)/python -m tests.soak $(ARGS)
 
 lint: .venv/.test ## Check style and types
 	@$(BIN)/ruff check .

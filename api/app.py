@@ -8,16 +8,31 @@ from importlib.metadata import version
 
 from fastapi import Depends, FastAPI
 
-from api import architectures, datasets, docs, health, jobs, plots, predictions, problems, recipes
+from api import (
+    architectures,
+    datasets,
+    docs,
+    health,
+    history,
+    jobs,
+    plots,
+    predictions,
+    problems,
+    recipes,
+    workers,
+)
 from api.checks import Checks
+from api.curves import Curves
 from api.dependencies import Services, require_key
 from api.drawing import Drawing
+from api.limits import QueueLimits
 from api.serving.cache import ModelCache
 from api.serving.images import Decoder
 from api.serving.inference import Inference
 from api.streams import StreamHub
 from shared.database import Database
 from shared.dispatch import Bell
+from shared.hints import Hints
 from shared.reaper import Reaper
 from shared.settings import Settings, get_settings
 from shared.storage import Storage
@@ -33,12 +48,15 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     device = "cuda" if settings.device == "cuda" else "cpu"
     cache = ModelCache(storage, settings.model_cache_bytes, device)
     inference = Inference(cache, settings.max_predict_waiting)
+    streams = StreamHub(database, settings.max_streams)
     app.state.services = Services(
         settings=settings,
         database=database,
         storage=storage,
         bell=bell,
-        streams=StreamHub(database, settings.max_streams),
+        limits=QueueLimits(settings),
+        streams=streams,
+        curves=Curves(settings.max_metric_points),
         inference=inference,
         decoder=Decoder(settings.max_image_pixels, inference.warm),
         checks=Checks(database, bell, storage),
@@ -46,9 +64,12 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     )
     reaper = Reaper(settings, database, storage)
     reaper.start()
+    hints = Hints(settings)
+    hints.listen(streams.hint)
     try:
         yield
     finally:
+        hints.close()
         reaper.stop()
         _close(app.state.services)
 
@@ -80,6 +101,17 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     app.state.settings = settings or get_settings()
     problems.install(app)
-    for module in (jobs, plots, datasets, architectures, recipes, predictions, health, docs):
+    for module in (
+        jobs,
+        history,
+        plots,
+        workers,
+        datasets,
+        architectures,
+        recipes,
+        predictions,
+        health,
+        docs,
+    ):
         app.include_router(module.router)
     return app

@@ -11,9 +11,9 @@ import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from email.message import Message
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from fastapi import Request
+from fastapi import Depends, Request
 from pydantic import ValidationError
 from starlette import types
 from starlette.datastructures import FormData
@@ -62,15 +62,22 @@ def load_json(body: bytes) -> Any:
         raise MalformedJson("The body is not a JSON document that can be read") from None
 
 
-def json_body(parse: Callable[[Any], T]) -> Callable[[Request], Awaitable[T]]:
+async def _json_document(request: Request) -> Any:
+    settings: Settings = request.app.state.settings
+    if _content_type(request) != "application/json":
+        raise UnsupportedMediaType("Send JSON, with Content-Type: application/json")
+    return load_json(await limited(request, settings.max_json_bytes).body())
+
+
+JsonDocument = Annotated[Any, Depends(_json_document)]
+"""The JSON body as it was sent: read once, however many dependencies of a request ask for it."""
+
+
+def json_body(parse: Callable[[Any], T]) -> Callable[[Any], Awaitable[T]]:
     """A dependency: the JSON body as `parse` understands it. `parse` raises pydantic's
     `ValidationError`, which the client sees as a problem that names the keys."""
 
-    async def read(request: Request) -> T:
-        settings: Settings = request.app.state.settings
-        if _content_type(request) != "application/json":
-            raise UnsupportedMediaType("Send JSON, with Content-Type: application/json")
-        document = load_json(await limited(request, settings.max_json_bytes).body())
+    async def read(document: JsonDocument) -> T:
         try:
             return parse(document)
         except ValidationError as error:

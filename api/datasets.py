@@ -11,9 +11,8 @@ from pydantic import TypeAdapter
 from api import examples, openapi
 from api.bodies import json_body
 from api.dependencies import PageDep, ServicesDep
-from api.jobs import submit
+from api.submission import JsonPostingDep, store, submit
 from shared import repository
-from shared.dataset_paths import check_dataset_path
 from shared.errors import DatasetNotFound
 from skipline import schemas
 from skipline.catalog import BUILTIN_DATASETS, SpecRefused
@@ -45,21 +44,26 @@ def parse_ingest(document: Any) -> IngestSpec:
     summary="Bring a dataset in",
     response_model=schemas.Job,
     responses=openapi.responses(
-        examples.INGEST_JOB, 202, problems=(400, 413, 415, 422, 429), location=True
+        examples.INGEST_JOB, 202, problems=(400, 409, 413, 415, 422, 429), location=True
     ),
     openapi_extra=openapi.json_body(_adapter, examples.INGEST_REQUESTS),
 )
 def add_dataset(
     spec: Annotated[IngestSpec, Depends(json_body(parse_ingest))],
+    posting: JsonPostingDep,
     services: ServicesDep,
     background: BackgroundTasks,
     response: Response,
 ) -> schemas.Job:
     """Stores a job of kind `ingest`, which reads a folder or an archive of class folders on the
     server's disk, or a built-in dataset. Its `result.dataset_id` names the dataset."""
-    if spec.path is not None:
-        check_dataset_path(spec.path, services.settings)
-    return submit(spec, services, background, response)
+    return submit(
+        posting,
+        lambda session: store(session, spec, posting.submitter, services.settings),
+        services,
+        background,
+        response,
+    )
 
 
 @router.get(

@@ -6,6 +6,7 @@ Also the one check of access, which `api.app` puts on the whole app. Sessions co
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,9 @@ from fastapi import Depends, Query, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from api.checks import Checks
+from api.curves import Curves
 from api.drawing import Drawing
+from api.limits import QueueLimits
 from api.serving.images import Decoder
 from api.serving.inference import Inference
 from api.streams import StreamHub
@@ -31,6 +34,7 @@ OPEN_PATHS = ("/healthz", "/readyz")
 """What anybody may ask: an orchestrator's probes carry no key."""
 MAX_ID_LENGTH = 64
 DEFAULT_PAGE = 50
+SUBMITTER_LENGTH = 16
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,9 @@ class Services:
     database: Database
     storage: Storage
     bell: Bell
+    limits: QueueLimits
     streams: StreamHub
+    curves: Curves
     inference: Inference
     decoder: Decoder
     checks: Checks
@@ -75,6 +81,20 @@ async def require_key(
     given = credentials.credentials.encode() if credentials else b""
     if not hmac.compare_digest(given, settings.api_key.get_secret_value().encode()):
         raise Unauthorized("Send the header Authorization: Bearer with this server's key")
+
+
+async def _submitter(
+    request: Request,
+    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
+) -> str:
+    settings: Settings = request.app.state.settings
+    if settings.api_key is None or credentials is None:
+        return ""
+    return hashlib.sha256(credentials.credentials.encode()).hexdigest()[:SUBMITTER_LENGTH]
+
+
+SubmitterDep = Annotated[str, Depends(_submitter)]
+"""Whose request it is: a digest of its key, empty where the server asks for none."""
 
 
 def is_id(value: str) -> bool:

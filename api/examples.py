@@ -12,6 +12,7 @@ Document = dict[str, Any]
 
 _TIME = "2026-11-20T09:30:00.000Z"
 _JOB_ID = "019aa0f2-5c1e-7c43-9d0e-6a5b1f3f9a10"
+_RETRY_ID = "019aa0f9-7d30-7b12-9c55-8e2f4d6b1a02"
 _INGEST_ID = "019aa0f0-11aa-7d20-8a44-0f6f2f7d3c55"
 _CHECKPOINT_ID = "019aa0f4-90b2-7e11-b1a7-3c9d8e21f604"
 _DATASET_ID = "3f2a9c81d4e7b650"
@@ -54,6 +55,7 @@ TRAIN_JOB: Document = {
         "images_per_second": 181.2,
     },
     "queue_position": None,
+    "estimated_start_at": None,
     "created_at": _TIME,
     "started_at": _TIME,
     "finished_at": None,
@@ -62,7 +64,20 @@ TRAIN_JOB: Document = {
     "stop_reason": None,
     "parent_id": None,
 }
+PAUSING_JOB = TRAIN_JOB | {"status": "pausing"}
+RESUMED_JOB = TRAIN_JOB | {"status": "queued", "queue_position": 1, "estimated_start_at": _TIME}
+STOPPING_JOB = TRAIN_JOB | {"status": "stopping"}
 CANCELLED_JOB = TRAIN_JOB | {"status": "cancelled", "finished_at": _TIME}
+RETRY_JOB = TRAIN_JOB | {
+    "id": _RETRY_ID,
+    "status": "queued",
+    "spec": {**TRAIN_JOB["spec"], "parent_id": _JOB_ID},
+    "attempt": 0,
+    "progress": None,
+    "queue_position": 1,
+    "started_at": None,
+    "parent_id": _JOB_ID,
+}
 JOBS: Document = {"items": [TRAIN_JOB], "next": None}
 INGEST_JOB = TRAIN_JOB | {
     "id": _INGEST_ID,
@@ -115,6 +130,35 @@ EVENTS: Document = {
     ],
     "next": None,
 }
+EVENT_STREAM = (
+    'event: event\ndata: {"id":1,"time":"2026-11-20T09:30:00.000Z","level":"info",'
+    '"type":"created","message":"Stored as a job of kind train","data":{}}\nid: 1\n\n'
+    'event: end\ndata: {"status":"succeeded"}\n\n'
+)
+ATTEMPTS: Document = {
+    "items": [
+        {
+            "number": 1,
+            "host": "gpu-1",
+            "gpus": [0],
+            "started_at": _TIME,
+            "ended_at": _TIME,
+            "outcome": "lost",
+            "reason": "The trainer was killed by signal 9",
+        },
+        {
+            "number": 2,
+            "host": "gpu-2",
+            "gpus": [3],
+            "started_at": _TIME,
+            "ended_at": None,
+            "outcome": None,
+            "reason": None,
+        },
+    ],
+    "next": None,
+}
+LOG = "Epoch 1: the loss is 1.92\n"
 SUMMARY: Document = {
     "layers": [
         {"name": "conv1", "type": "Conv2d", "output_shape": [64, 32, 32], "num_parameters": 1728},
@@ -258,6 +302,38 @@ PREDICTIONS: Document = {
         }
     ],
     "timing_ms": {"decode": 1.4, "queue": 0.1, "load": 0.0, "forward": 9.8},
+}
+
+WORKERS: Document = {
+    "items": [
+        {
+            "id": "019aa0e0-3b6f-7a01-8d41-5f0c2e9b7d18",
+            "host": "gpu-1",
+            "status": "active",
+            "num_slots": 2,
+            "num_cores": 16,
+            "devices": [
+                {
+                    "type": "cpu",
+                    "index": 0,
+                    "name": "16 cores",
+                    "memory_bytes": 137438953472,
+                    "job_id": None,
+                },
+                {
+                    "type": "cuda",
+                    "index": 0,
+                    "name": "NVIDIA H100",
+                    "memory_bytes": 85520809984,
+                    "job_id": _JOB_ID,
+                },
+            ],
+            "job_ids": [_JOB_ID],
+            "started_at": _TIME,
+            "seen_at": _TIME,
+        }
+    ],
+    "next": None,
 }
 
 READY: Document = {

@@ -18,6 +18,7 @@ from skipline.schemas import ProblemDocument
 
 JSON = "application/json"
 PNG = "image/png"
+TEXT = "text/plain"
 REF = "#/components/schemas/{model}"
 COMMON_PROBLEMS = (401, 500, 503)
 LOCATION = {"Location": {"description": "Where the job is", "schema": {"type": "string"}}}
@@ -54,6 +55,19 @@ def picture(problems: tuple[int, ...]) -> dict[int | str, Document]:
     }
     answer = {"description": HTTPStatus.OK.phrase, "content": content}
     return {200: answer, **{code: _problem(code) for code in problems}}
+
+
+def text(example: str, problems: tuple[int, ...]) -> dict[int | str, Document]:
+    """What a route answers that sends plain text."""
+    content = {TEXT: {"schema": {"type": "string"}, "example": example}}
+    answer = {"description": HTTPStatus.OK.phrase, "content": content}
+    return {200: answer, **{code: _problem(code) for code in problems}}
+
+
+def no_content(problems: tuple[int, ...]) -> dict[int | str, Document]:
+    """What a route answers that has nothing to say."""
+    answer = {"description": HTTPStatus.NO_CONTENT.phrase}
+    return {204: answer, **{code: _problem(code) for code in problems}}
 
 
 def _problem(status: int) -> Document:

@@ -10,7 +10,6 @@ from fastapi.responses import Response
 
 from api import openapi
 from api.dependencies import JobId, Services, ServicesDep
-from api.thinning import thin
 from shared import repository
 from shared.errors import NotFound, PictureNotReady
 from skipline import plots, schemas
@@ -58,18 +57,9 @@ def _plot(services: Services, job_id: str, name: str) -> bytes:
 
 
 def _metrics(services: Services, job: schemas.Job, name: plots.CurveName) -> schemas.Metrics:
-    """The series that a picture shows, read in parts and thinned as they come."""
-    series: dict[str, list[schemas.MetricPoint]] = {}
-    last: int | None = 0
+    """The series that a picture shows, thinned."""
     with services.database.read_scope() as session:
-        while last is not None:
-            part, last = repository.series(
-                session,
-                job.id,
-                names=plots.CURVES[name],
-                after=last,
-                limit=services.settings.max_metric_points,
-            )
-            for key, points in part.items():
-                series[key] = thin(series.get(key, []) + points, MAX_POINTS)
+        series, _ = services.curves.read(
+            session, job.id, plots.CURVES[name], after=0, max_points=MAX_POINTS
+        )
     return schemas.Metrics(job_id=job.id, status=job.status, series=series, next=None)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, TypeVar
 
-from skipline.schemas import MetricPoint
-
+PointT = TypeVar("PointT", bound=Any)
+"""What has a `value`."""
 MIN_POINTS = 2
 
 
-def thin(points: Sequence[MetricPoint], max_points: int) -> list[MetricPoint]:
+def thin(points: Sequence[PointT], max_points: int) -> list[PointT]:
     """At most `max_points` (2 or more) of `points`, in their order.
 
     The series is cut into stretches of nearly equal length and the lowest and the highest point

@@ -28,9 +28,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
+if __name__ == "__main__":
+    # In place of this file's folder, whose queue.py would hide the standard library's.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import torch
 
 from benchmarks.baselines import ours
 from benchmarks.baselines.problem import WrongUsage, hardware

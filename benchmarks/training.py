@@ -29,10 +29,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+if __name__ == "__main__":
+    # In place of this file's folder, whose queue.py would hide the standard library's.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import numpy as np
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.baselines import bare, images, ours, published, timm_script, torchvision_reference
 from benchmarks.baselines.problem import Problem, Turn, WrongUsage, hardware

@@ -85,6 +85,11 @@ class JobNotFound(NotFound):
     title = "There is no such job"
 
 
+class AttemptNotFound(NotFound):
+    code = "attempt_not_found"
+    title = "There was no such attempt at the job"
+
+
 class DatasetNotFound(NotFound):
     code = "dataset_not_found"
     title = "There is no such dataset"
@@ -119,6 +124,18 @@ class Conflict(AppError):
 class IllegalTransition(Conflict):
     code = "illegal_transition"
     title = "The job's state does not allow this"
+
+
+class JobInUse(Conflict):
+    """Something else needs the job, or what it made."""
+
+    code = "in_use"
+    title = "The job is in use"
+
+
+class IdempotencyMismatch(Conflict):
+    code = "idempotency_mismatch"
+    title = "The Idempotency-Key was used for another request"
 
 
 class NoCheckpointYet(Conflict):

@@ -8,16 +8,16 @@ Functions work within the caller's transaction and commit nothing.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, case, insert, select, update
+from sqlalchemy import ColumnElement, case, insert, literal, or_, select, update
 from sqlalchemy.orm import Session
 
 from shared.database import db_now
 from shared.errors import IllegalTransition, JobNotFound
 from shared.tables import Attempt, Event, Job
-from skipline.schemas import JobStatus
+from skipline.schemas import JobKind, JobStatus
 
 S = JobStatus
 
@@ -32,7 +32,7 @@ TRANSITIONS: dict[JobStatus, frozenset[JobStatus]] = {
     S.pausing: frozenset({S.paused, S.succeeded, S.failed, S.cancelling}),
     # Nobody owns it. A client resumes or cancels it.
     S.paused: frozenset({S.queued, S.cancelled}),
-    # Asked to end early. After a crash it is queued again, and the request kept.
+    # Asked to end early. After a crash it is queued again, and the request kept in the row.
     S.stopping: frozenset({S.succeeded, S.failed, S.cancelling, S.queued}),
     # Asked to give up. The trainer may also come to its end first.
     S.cancelling: frozenset({S.cancelled, S.succeeded, S.failed}),
@@ -91,25 +91,111 @@ def transition(
     for source in sources:
         assert target in TRANSITIONS[source], f"{source} -> {target} is no transition"
     if target.is_terminal:
-        values["finished_at"] = db_now()
+        values |= {"finished_at": db_now(), "waits_for": None}
     if target not in OWNED:
-        values |= {"owner": None, "host": None, "lease_until": None}
+        values |= {"owner": None, "worker_id": None, "host": None, "lease_until": None}
     statement = update(Job).where(Job.id == job_id, Job.status.in_(sources))
     if where is not None:
         statement = statement.where(where)
     result = session.connection().execute(statement.values(status=target, **values))
-    return result.rowcount == 1
+    if result.rowcount != 1:
+        return False
+    if target.is_terminal:
+        _settle_waiting(session, job_id, target)
+    return True
 
 
-def runs_on(devices: Iterable[str], num_gpus: int) -> ColumnElement[bool]:
-    """The condition that a job asks for one of `devices` ("auto", "cpu", "cuda"), and where it
-    cannot fall back on the CPU for no more processes than there are GPUs."""
-    devices = tuple(devices)
-    runs: ColumnElement[bool] = Job.device.in_(devices)
-    if "cuda" in devices:
-        fits: ColumnElement[bool] = Job.num_processes <= num_gpus
-        runs &= fits | (Job.device != "cuda") if "cpu" in devices else fits
-    return runs
+def _settle_waiting(session: Session, job_id: str, status: JobStatus) -> None:
+    """What waits for a job that is over may run, or fails with it, and what waits for that too."""
+    if status is S.succeeded:
+        waiting = update(Job).where(Job.waits_for == job_id)
+        session.connection().execute(waiting.values(waits_for=None))
+        return
+    how = "was cancelled" if status is S.cancelled else "has failed"
+    error = {
+        "code": "predecessor_failed",
+        "message": f"The job {job_id}, for which this one waited, {how}",
+        "hint": "Retry that one, then submit this one again with after: the new job's id",
+    }
+    over = [job_id]
+    while over:  # One generation after the other: a chain may be longer than Python's stack.
+        failed = session.connection().execute(
+            update(Job)
+            .where(Job.waits_for.in_(over), Job.status == S.queued)
+            .values(
+                status=S.failed,
+                finished_at=db_now(),
+                waits_for=None,
+                error=error,
+                last_event=Job.last_event + 1,
+            )
+            .returning(Job.id, Job.last_event, Job.attempt)
+        )
+        rows = failed.all()
+        for row in rows:
+            _insert_event(session, *row, "error", S.failed.value, error["message"], error)
+        over = [row.id for row in rows]
+
+
+# ------------------------------------------------------------------------------------- the queue
+
+IN_ORDER = (Job.rank, Job.created_at, Job.id)
+"""Whose turn it is: the highest priority first, and within it the one that came first."""
+IS_READY = (Job.status == S.queued) & Job.waits_for.is_(None)
+"""The condition that a job waits for nothing but a worker."""
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What a worker has for jobs.
+
+    `devices`: the values of `Job.device` that it takes on. Of its `num_gpus` GPUs, which one job
+    each has to itself, `num_free_gpus` are free.
+    """
+
+    devices: tuple[str, ...]
+    num_gpus: int = 0
+    num_free_gpus: int = 0
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A job that was taken, and how many GPUs it needs."""
+
+    fence: Fence
+    num_gpus: int
+
+
+def gpus_needed(capacity: Capacity) -> ColumnElement[int]:
+    """How many GPUs of such a worker a job takes. With `auto` as many as it has processes, and none
+    where there could never be so many."""
+    if "cuda" not in capacity.devices:
+        return literal(0)
+    wants = Job.device == "cuda"
+    if "cpu" in capacity.devices:
+        wants |= (Job.device == "auto") & (Job.num_processes <= capacity.num_gpus)
+    else:
+        wants |= Job.device == "auto"
+    return case((wants, Job.num_processes), else_=0)
+
+
+def runs_on(capacity: Capacity) -> ColumnElement[bool]:
+    """The condition that a job could run on such a worker, once enough of it is free."""
+    return Job.device.in_(capacity.devices) & (gpus_needed(capacity) <= capacity.num_gpus)
+
+
+def _fits_now(session: Session, capacity: Capacity) -> ColumnElement[bool]:
+    """The condition that a job may be claimed. GPU jobs go strictly in order: could smaller ones
+    pass the first that waits for more GPUs, it might wait for ever."""
+    fits = runs_on(capacity)
+    if capacity.num_free_gpus >= capacity.num_gpus:
+        return fits
+    needed = gpus_needed(capacity)
+    query = select(Job.id, needed.label("needed")).where(IS_READY, fits, needed > 0)
+    first = session.execute(query.order_by(*IN_ORDER).limit(1)).one_or_none()
+    if first is not None and first.needed <= capacity.num_free_gpus:
+        return fits & or_(needed == 0, Job.id == first.id)
+    return fits & (needed == 0)
 
 
 def claim(
@@ -117,15 +203,15 @@ def claim(
     owner: str,
     host: str,
     lease_seconds: float,
-    devices: Iterable[str],
-    num_gpus: int = 0,
-) -> Fence | None:
-    """Takes the first queued job, in the database's order, that `runs_on` such a worker; None when
-    there is none."""
+    capacity: Capacity,
+    worker_id: str | None = None,
+) -> Claim | None:
+    """Takes the first job, in the queue's order, that fits what the worker has free; None when
+    there is none. One that was asked to stop before it was lost is `stopping` again at once."""
     first = (
         select(Job.id)
-        .where(Job.status == S.queued, runs_on(devices, num_gpus))
-        .order_by(Job.created_at, Job.id)
+        .where(IS_READY, _fits_now(session, capacity))
+        .order_by(*IN_ORDER)
         .limit(1)
         .with_for_update(skip_locked=True)
         .scalar_subquery()
@@ -137,12 +223,20 @@ def claim(
             status=S.running,
             attempt=Job.attempt + 1,
             owner=owner,
+            worker_id=worker_id,
             host=host,
             lease_until=db_now(lease_seconds),
             started_at=case((Job.started_at.is_(None), db_now()), else_=Job.started_at),
             progress_at=db_now(),
+            last_event=Job.last_event + 1,
         )
-        .returning(Job.id, Job.attempt)
+        .returning(
+            Job.id,
+            Job.attempt,
+            Job.last_event,
+            Job.stop_requested,
+            gpus_needed(capacity).label("num_gpus"),
+        )
     )
     claimed = row.one_or_none()
     if claimed is None:
@@ -152,7 +246,25 @@ def claim(
             job_id=claimed.id, number=claimed.attempt, owner=owner, host=host, started_at=db_now()
         )
     )
-    return Fence(claimed.id, claimed.attempt, owner)
+    _insert_event(
+        session,
+        claimed.id,
+        claimed.last_event,
+        claimed.attempt,
+        "info",
+        "started",
+        f"Attempt {claimed.attempt} begins on {host}",
+        {"host": host},
+    )
+    if claimed.stop_requested:
+        transition(session, claimed.id, (S.running,), S.stopping)
+    return Claim(Fence(claimed.id, claimed.attempt, owner), claimed.num_gpus)
+
+
+def note_gpus(session: Session, fence: Fence, gpus: list[int]) -> None:
+    """Notes which of the worker's GPUs the attempt has."""
+    attempt = (Attempt.job_id == fence.job_id) & (Attempt.number == fence.attempt)
+    session.connection().execute(update(Attempt).where(attempt).values(gpus=gpus))
 
 
 def renew(session: Session, fence: Fence, lease_seconds: float) -> bool:
@@ -163,29 +275,103 @@ def renew(session: Session, fence: Fence, lease_seconds: float) -> bool:
     return result.rowcount == 1
 
 
-def request_cancel(session: Session, job_id: str) -> None:
-    """Cancels a job: one that nobody owns at once, an owned one through its trainer. Doing it
-    again changes nothing.
+# ------------------------------------------------------------------------------ what clients ask
+
+Action = Literal["cancel", "pause", "resume", "stop"]
+
+
+@dataclass(frozen=True)
+class _Move:
+    """What an action does to a job in one of `sources`, and the event that tells so."""
+
+    sources: tuple[JobStatus, ...]
+    target: JobStatus
+    event: str
+    message: str
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """`already`: the job is where the action leads, or on its way there; nothing changes. `refusal`
+    says which jobs the action is for."""
+
+    moves: tuple[_Move, ...]
+    already: frozenset[JobStatus]
+    refusal: str
+
+
+ACTIONS: dict[Action, _Rule] = {
+    "cancel": _Rule(
+        (
+            _Move((S.queued, S.paused), S.cancelled, "cancelled", "Cancelled while it waited"),
+            _Move(
+                (S.running, S.pausing, S.stopping),
+                S.cancelling,
+                "cancel_requested",
+                "Asked to cancel",
+            ),
+        ),
+        frozenset({S.cancelling, S.cancelled}),
+        "only an unfinished one is cancelled",
+    ),
+    "pause": _Rule(
+        (_Move((S.running,), S.pausing, "pause_requested", "Asked to pause"),),
+        frozenset({S.pausing, S.paused}),
+        "only a running one is paused",
+    ),
+    "resume": _Rule(
+        (_Move((S.paused,), S.queued, "resumed", "Queued again after a pause"),),
+        frozenset({S.queued, S.running}),
+        "only a paused one is resumed",
+    ),
+    "stop": _Rule(
+        (
+            _Move(
+                (S.running,),
+                S.stopping,
+                "stop_requested",
+                "Asked to end early and keep the result",
+                {"stop_requested": True},
+            ),
+        ),
+        frozenset({S.stopping}),
+        "only a running training is stopped; cancel gives it up",
+    ),
+}
+"""What a client may ask of a job. Each is done twice without harm, or refused."""
+
+
+def request(session: Session, job_id: str, action: Action) -> None:
+    """Does what a client asks: at once where nobody owns the job, else through its trainer.
 
     Raises:
         JobNotFound: there is no such job.
-        IllegalTransition: the job has succeeded or failed.
+        IllegalTransition: the job's state does not allow it.
     """
+    rule = ACTIONS[action]
+    is_training: ColumnElement[bool] = Job.kind == JobKind.train
+    where = is_training if action == "stop" else None
     for _ in range(3):  # The status may change between two statements: try the other one again.
-        if transition(session, job_id, (S.queued, S.paused), S.cancelled):
-            record(session, job_id, "info", "cancelled", "Cancelled before it ran")
-            return
-        if transition(session, job_id, (S.running, S.pausing, S.stopping), S.cancelling):
-            record(session, job_id, "info", "cancel_requested", "Asked to cancel")
-            return
-        status = session.scalar(select(Job.status).where(Job.id == job_id))
-        if status is None:
+        for move in rule.moves:
+            if transition(session, job_id, move.sources, move.target, where=where, **move.values):
+                record(session, job_id, "info", move.event, move.message)
+                return
+        query = select(Job.status, Job.kind, Job.stop_requested).where(Job.id == job_id)
+        row = session.execute(query).one_or_none()
+        if row is None:
             raise JobNotFound(f"There is no job {job_id}")
-        if status in (S.cancelling, S.cancelled):
+        if row.status in rule.already:
             return
-        if JobStatus(status).is_terminal:
-            raise IllegalTransition(f"The job has {status}; only an unfinished one is cancelled")
+        if action == "stop" and row.stop_requested and row.status in (S.queued, S.succeeded):
+            return  # It was stopped, or will be once a worker has taken it up again.
+        sources = {source for move in rule.moves for source in move.sources}
+        if row.status not in sources or (where is not None and row.kind != JobKind.train):
+            raise IllegalTransition(f"The job is {row.status}: {rule.refusal}")
     raise IllegalTransition("The job's state is changing; try again")
+
+
+# --------------------------------------------------------------------------------- how it goes on
 
 
 def finish(
@@ -203,6 +389,7 @@ def finish(
         Superseded: the job is no longer this attempt's.
     """
     sources = [source for source in OWNED if status in TRANSITIONS[source]]
+    stopped = case((Job.stop_requested, literal("user")), else_=None)
     if not transition(
         session,
         fence.job_id,
@@ -211,7 +398,7 @@ def finish(
         where=holds(fence),
         result=result,
         error=error,
-        stop_reason=stop_reason,
+        stop_reason=stopped if stop_reason is None and status is S.succeeded else stop_reason,
     ):
         raise Superseded(fence.job_id)
     message = error["message"] if error else f"The job has {status}"
@@ -276,6 +463,10 @@ def lose(
     return True
 
 
+_OUTCOMES = {S.paused: "paused", S.cancelled: "cancelled"}
+"""How an attempt has ended that was asked to leave its job in such a state."""
+
+
 def _give_up(
     session: Session,
     job_id: str,
@@ -289,6 +480,8 @@ def _give_up(
     for source, target in AFTER_LOSS.items():
         crashes = {"crashes": Job.crashes + 1} if crash else {}
         if transition(session, job_id, (source,), target, where=condition, **crashes):
+            if not crash:
+                outcome = _OUTCOMES.get(target, outcome)
             _end_attempt(session, job_id, attempt, outcome, reason)
             record(session, job_id, "warning" if crash else "info", outcome, reason)
             return
@@ -319,6 +512,19 @@ def record(
         .returning(Job.last_event, Job.attempt)
     )
     number, attempt = numbered.one()
+    _insert_event(session, job_id, number, attempt, level, type_, message, data or {})
+
+
+def _insert_event(
+    session: Session,
+    job_id: str,
+    number: int,
+    attempt: int,
+    level: str,
+    type_: str,
+    message: str,
+    data: dict[str, Any],
+) -> None:
     session.connection().execute(
         insert(Event).values(
             job_id=job_id,
@@ -327,7 +533,7 @@ def record(
             level=level,
             type=type_,
             message=message[:4000],
-            data=data or {},
+            data=data,
             time=db_now(),
         )
     )

@@ -3,20 +3,38 @@ writes of a worker take a `Fence` and raise `Superseded` when it does not hold a
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from typing import Any, Literal
+from datetime import datetime, timedelta
+from statistics import median
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import uuid_utils
-from sqlalchemy import ColumnElement, delete, func, insert, or_, select, update
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    Row,
+    case,
+    cast,
+    delete,
+    func,
+    insert,
+    literal,
+    or_,
+    select,
+    tuple_,
+    update,
+)
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from shared import lifecycle
 from shared.database import db_now
 from shared.errors import (
+    IdempotencyMismatch,
+    IllegalTransition,
     InvalidInput,
+    JobInUse,
     JobNotFound,
     ModelNotFound,
     NoCheckpointYet,
@@ -27,10 +45,13 @@ from shared.errors import (
 )
 from shared.lifecycle import Fence, Superseded, holds
 from shared.tables import (
+    Attempt,
     Checkpoint,
     Dataset,
     Event,
+    IdempotencyKey,
     Job,
+    LogPart,
     MetricPoint,
     Picture,
     Report,
@@ -42,13 +63,29 @@ from skipline.catalog import BUILTIN_DATASETS, ClusterFacts, DatasetFacts, needs
 from skipline.schemas import JobKind, JobStatus
 from skipline.specs import AnySpec, IngestSpec, TrainSpec, dump_spec
 
+NumberedT = TypeVar("NumberedT", MetricPoint, Event)
+"""Rows that are numbered within their job."""
 MAX_ALTERNATIVES = 200
 """In one condition: SQLite takes fewer than 1000."""
+MAX_NUMBERS = 5000
+"""In one list of values."""
 REWIND = "rewind"
 """The reserved name of a metric row that tells readers to go back."""
 ALIVE_SECONDS = 60.0
 """A worker that was seen within so long counts as there."""
 FORGET_WORKER_SECONDS = 3600.0
+NUM_MEASURED_JOBS = 20
+"""So many of the last jobs of a kind say how long the next one takes."""
+_IS_UNFINISHED = Job.status.not_in([status for status in JobStatus if status.is_terminal])
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is known before a job runs of how long it will take: jobs with the same `speed_key` have
+    been about as fast, and `num_images` pass through its network."""
+
+    speed_key: str
+    num_images: int
 
 
 def new_id() -> str:
@@ -66,25 +103,53 @@ def add_job(
     kind: JobKind | None = None,
     dataset_id: str | None = None,
     checkpoint_id: str | None = None,
+    workload: Workload | None = None,
+    submitter: str = "",
 ) -> Job:
-    """Stores a resolved spec as a queued job, of the spec's own kind unless told otherwise."""
+    """Stores a resolved spec as a queued job, of the spec's own kind unless told otherwise.
+
+    Raises:
+        InvalidInput: `parent_id` or `after` is no job, or `after` one that has not succeeded and
+            never will.
+    """
     kind = kind or JobKind(spec.kind)
     resources = getattr(spec, "resources", None)
-    job = Job(
-        id=new_id(),
-        kind=kind,
-        name=spec.name,
-        status=JobStatus.queued,
-        spec=dump_spec(spec),
-        device=_device_of(spec),
-        num_processes=resources.num_processes if resources else 1,
-        dataset_id=dataset_id,
-        checkpoint_id=checkpoint_id,
-        created_at=session.scalar(select(db_now())),
+    parent_id = None if isinstance(spec, IngestSpec) else spec.parent_id
+    if parent_id is not None and session.get(Job, parent_id) is None:
+        raise _no_such_job("parent_id", parent_id)
+    values = {
+        "id": new_id(),
+        "kind": kind,
+        "name": spec.name,
+        "status": JobStatus.queued,
+        "spec": dump_spec(spec),
+        "rank": 0 if isinstance(spec, IngestSpec) else -spec.priority,
+        "device": _device_of(spec),
+        "num_processes": resources.num_processes if resources else 1,
+        "submitter": submitter,
+        "parent_id": parent_id,
+        "waits_for": _predecessor(session, spec),
+        "dataset_id": dataset_id,
+        "checkpoint_id": checkpoint_id,
+        "speed_key": workload.speed_key if workload else kind,
+        "num_images": workload.num_images if workload else None,
+        "attempt": 0,
+        "last_event": 1,
+        "created_at": db_now(),
+    }
+    job = session.scalars(insert(Job).values(**values).returning(Job)).one()
+    session.connection().execute(  # `lifecycle.record` would have to ask for the event's number.
+        insert(Event).values(
+            job_id=job.id,
+            number=job.last_event,
+            attempt=job.attempt,
+            level="info",
+            type="created",
+            message=f"Stored as a job of kind {kind}",
+            data={},
+            time=db_now(),
+        )
     )
-    session.add(job)
-    session.flush()
-    lifecycle.record(session, job.id, "info", "created", f"Stored as a job of kind {kind}")
     return job
 
 
@@ -92,12 +157,45 @@ def _device_of(spec: AnySpec) -> str:
     """What a worker must have to claim the job."""
     if isinstance(spec, TrainSpec) and needs_gpu(spec):
         return "cuda"
-    return "auto" if isinstance(spec, IngestSpec) else spec.resources.device
+    return "any" if isinstance(spec, IngestSpec) else spec.resources.device
+
+
+def _predecessor(session: Session, spec: AnySpec) -> str | None:
+    """The job that has to succeed first, if it has not yet. Its row stays locked until the new job
+    is stored: should it end in this moment, it finds the job that waits for it."""
+    if isinstance(spec, IngestSpec) or spec.after is None:
+        return None
+    locked = select(Job.status).where(Job.id == spec.after).with_for_update(read=True)
+    status = session.scalar(locked)
+    if status is None:
+        raise _no_such_job("after", spec.after)
+    if status in (JobStatus.failed, JobStatus.cancelled):
+        message = f"That job has {status}: retry it, and name the new job"
+        raise InvalidInput(message, errors=[{"loc": "after", "message": message}])
+    return None if status == JobStatus.succeeded else spec.after
+
+
+def _no_such_job(key: str, job_id: str) -> InvalidInput:
+    message = f"There is no job {job_id}"
+    return InvalidInput(message, errors=[{"loc": key, "message": message}])
 
 
 def get_job(session: Session, job_id: str) -> Job:
     """Raises `JobNotFound`."""
     job = session.get(Job, job_id, populate_existing=True)
+    if job is None:
+        raise JobNotFound(f"There is no job {job_id}")
+    return job
+
+
+def find_job(session: Session, job_id: str) -> Job | None:
+    """As `get_job`, or None."""
+    return session.get(Job, job_id)
+
+
+def hold_job(session: Session, job_id: str) -> Job:
+    """As `get_job`; until the transaction ends nobody changes or deletes it."""
+    job = session.get(Job, job_id, populate_existing=True, with_for_update={"read": True})
     if job is None:
         raise JobNotFound(f"There is no job {job_id}")
     return job
@@ -143,26 +241,173 @@ def _page(rows: list[Any], limit: int) -> tuple[list[Any], str | None]:
     return rows[:limit], rows[limit - 1].id if len(rows) > limit else None
 
 
-def num_queued(session: Session, devices: Collection[str] | None = None, num_gpus: int = 0) -> int:
-    """How many jobs wait for a worker; with `devices`, for one that has these and so many GPUs."""
+def num_queued(session: Session, submitter: str | None = None) -> int:
+    """How many jobs are `queued`; with `submitter`, of those that it posted."""
     count = select(func.count()).select_from(Job).where(Job.status == JobStatus.queued)
-    if devices is not None:
-        count = count.where(lifecycle.runs_on(devices, num_gpus))
+    if submitter is not None:
+        count = count.where(Job.submitter == submitter)
     return session.scalar(count) or 0
 
 
-def queue_positions(session: Session, jobs: Collection[Job]) -> dict[str, int]:
-    """For each queued job of `jobs`: 1 for the next one to run, and so on."""
-    ids = [job.id for job in jobs if job.status == JobStatus.queued]
-    if not ids:
+def is_work_for(session: Session, capacity: lifecycle.Capacity) -> bool:
+    """Whether a job waits that such a worker could run, now or once enough of it is free."""
+    found = select(Job.id).where(lifecycle.IS_READY, lifecycle.runs_on(capacity)).limit(1)
+    return session.scalar(found) is not None
+
+
+@dataclass(frozen=True)
+class QueuePlace:
+    """Where a job stands in the queue: 1 for the next one to run. `start_at` is when its turn
+    comes, as far as that can be told."""
+
+    position: int
+    start_at: datetime | None
+
+
+def queue_places(session: Session, jobs: Collection[Job]) -> dict[str, QueuePlace]:
+    """Of those of `jobs` that wait for a worker and nothing else."""
+    waiting = [job for job in jobs if job.status == JobStatus.queued and job.waits_for is None]
+    if not waiting:
         return {}
-    place = func.row_number().over(order_by=(Job.created_at, Job.id)).label("place")
-    queue = select(Job.id, place).where(Job.status == JobStatus.queued).subquery()
-    rows = session.execute(select(queue.c.id, queue.c.place).where(queue.c.id.in_(ids)))
-    return {row.id: row.place for row in rows}
+    speeds = _Speeds(session)
+    now, num_slots, left = _slots_and_seconds_left(session, speeds)
+    first = min(waiting, key=_place_in_order)
+    last = max(waiting, key=_place_in_order)
+    ahead = _work_ahead(session, first)
+    places = {}
+    for row in [first] if first is last else _ready_between(session, first, last):
+        work = ahead.setdefault(row.speed_key, _Work())
+        if row.id in {job.id for job in waiting}:
+            position = 1 + sum(group.num_jobs for group in ahead.values())
+            start_at = _start(now, num_slots, left, position, ahead, speeds)
+            places[row.id] = QueuePlace(position, start_at)
+        work.add(1, row.num_images)
+    return places
 
 
-def job_document(job: Job, queue_position: int | None) -> schemas.Job:
+def _place_in_order(job: Job) -> tuple[int, datetime, str]:
+    """What `lifecycle.IN_ORDER` compares."""
+    return job.rank, job.created_at, job.id
+
+
+@dataclass
+class _Work:
+    """Jobs of one `speed_key`: how many, and the images that they process in all, where known."""
+
+    num_jobs: int = 0
+    num_images: int | None = None
+
+    def add(self, num_jobs: int, num_images: int | None) -> None:
+        self.num_jobs += num_jobs
+        if num_images is not None:
+            self.num_images = num_images + (self.num_images or 0)
+
+
+def _work_ahead(session: Session, job: Job) -> dict[str | None, _Work]:
+    """What comes before a job, summed up by `speed_key`."""
+    num_images = cast(func.sum(Job.num_images), BigInteger)  # PostgreSQL's sum is a decimal.
+    rows = session.execute(
+        select(Job.speed_key, func.count(), num_images)
+        .where(lifecycle.IS_READY, tuple_(*lifecycle.IN_ORDER) < _place_in_order(job))
+        .group_by(Job.speed_key)
+    )
+    return {speed_key: _Work(num_jobs, images) for speed_key, num_jobs, images in rows}
+
+
+def _ready_between(session: Session, first: Job, last: Job) -> Iterable[Row[Any]]:
+    """What waits for a worker from the job `first` up to the job `last`, in the queue's order."""
+    place = tuple_(*lifecycle.IN_ORDER)
+    return session.execute(
+        select(Job.id, Job.speed_key, Job.num_images)
+        .where(lifecycle.IS_READY)
+        .where(place >= _place_in_order(first), place <= _place_in_order(last))
+        .order_by(*lifecycle.IN_ORDER)
+    )
+
+
+class _Speeds:
+    """How fast jobs went lately, by their `speed_key`."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._known: dict[str, tuple[float | None, float | None]] = {}
+
+    def seconds(self, key: str | None, work: _Work) -> float | None:
+        """What these jobs take; None where none of them has ever been measured."""
+        if key is None:
+            return None
+        if key not in self._known:
+            self._known[key] = self._measure(key)
+        images_per_second, job_seconds = self._known[key]
+        if work.num_images is not None and images_per_second:
+            return work.num_images / images_per_second
+        return None if job_seconds is None else work.num_jobs * job_seconds
+
+    def _measure(self, key: str) -> tuple[float | None, float | None]:
+        """Medians over the last jobs that succeeded: images per second, and seconds a job."""
+        rows = self._session.execute(
+            select(Job.images_per_second, Job.started_at, Job.finished_at)
+            .where(Job.speed_key == key, Job.status == JobStatus.succeeded)
+            .order_by(Job.finished_at.desc())
+            .limit(NUM_MEASURED_JOBS)
+        ).all()
+        speeds = [row.images_per_second for row in rows if row.images_per_second]
+        spans = [(row.finished_at - row.started_at).total_seconds() for row in rows]
+        return median(speeds) if speeds else None, median(spans) if spans else None
+
+
+# Statements of every POST and GET of a job, made once: to make one takes longer than to run it.
+_IS_ALIVE = Worker.seen_at >= db_now(-ALIVE_SECONDS)
+_NOW_AND_SLOTS = select(
+    db_now(),
+    select(func.coalesce(func.sum(Worker.num_slots), 0))
+    .where(_IS_ALIVE, Worker.is_draining.is_(False))
+    .scalar_subquery(),
+)
+_RUNNING = select(Job.progress, Job.speed_key, Job.num_images, Job.started_at).where(
+    Job.status.in_(lifecycle.OWNED)
+)
+_MAX_GPUS = select(func.max(Worker.num_gpus)).where(_IS_ALIVE)
+
+
+def _slots_and_seconds_left(
+    session: Session, speeds: _Speeds
+) -> tuple[datetime, int, list[float | None]]:
+    """The time, the slots of all living workers, and how long each job that runs will take yet;
+    without a worker nothing runs for long."""
+    now, num_slots = session.execute(_NOW_AND_SLOTS).one()
+    left: list[float | None] = []
+    for row in session.execute(_RUNNING) if num_slots else ():
+        eta = (row.progress or {}).get("eta_seconds")
+        if eta is None:
+            whole = speeds.seconds(row.speed_key, _Work(1, row.num_images))
+            done = (now - row.started_at).total_seconds()
+            eta = None if whole is None else max(0.0, whole - done)
+        left.append(eta)
+    return now, num_slots, left
+
+
+def _start(
+    now: datetime,
+    num_slots: int,
+    left: Sequence[float | None],
+    position: int,
+    ahead: Mapping[str | None, _Work],
+    speeds: _Speeds,
+) -> datetime | None:
+    """As if all work could be shared out evenly: what is to be done before, over the slots."""
+    if num_slots == 0:
+        return None
+    if position <= num_slots - len(left):
+        return now
+    seconds = list(left)
+    seconds += [speeds.seconds(key, work) for key, work in ahead.items() if work.num_jobs]
+    if None in seconds:
+        return None
+    return now + timedelta(seconds=sum(filter(None, seconds)) / num_slots)
+
+
+def job_document(job: Job, place: QueuePlace | None) -> schemas.Job:
     """The job as clients see it."""
     return schemas.Job(
         id=job.id,
@@ -172,14 +417,115 @@ def job_document(job: Job, queue_position: int | None) -> schemas.Job:
         spec=job.spec,
         attempt=job.attempt,
         progress=schemas.Progress(**job.progress) if job.progress else None,
-        queue_position=queue_position,
+        queue_position=place.position if place else None,
+        estimated_start_at=place.start_at if place else None,
         created_at=job.created_at,
         started_at=job.started_at,
         finished_at=job.finished_at,
         result=job.result,
         error=schemas.JobError(**job.error) if job.error else None,
         stop_reason=job.stop_reason,
-        parent_id=None,
+        parent_id=job.parent_id,
+    )
+
+
+def delete_job(session: Session, job_id: str) -> list[str]:
+    """Deletes a job that nobody works at, with its metrics, events, logs and checkpoints. Returns
+    the storage keys that no row names any more: their files can go.
+
+    Raises:
+        JobNotFound: there is no such job.
+        IllegalTransition: an attempt owns it.
+        JobInUse: a job waits for it, or for a checkpoint of it.
+    """
+    status = session.scalar(select(Job.status).where(Job.id == job_id).with_for_update())
+    if status is None:
+        raise JobNotFound(f"There is no job {job_id}")
+    if status in lifecycle.OWNED:
+        raise IllegalTransition(f"The job is {status}: cancel it, then delete it")
+    if waiting := session.scalar(select(Job.id).where(Job.waits_for == job_id).limit(1)):
+        raise JobInUse(f"The job {waiting} waits for this one: cancel that one first")
+    # Locked before the needs are read: see `pin_model`.
+    checkpoints = select(Checkpoint).where(Checkpoint.job_id == job_id).with_for_update()
+    rows = list(session.scalars(checkpoints))
+    user = select(Job.id).where(Job.checkpoint_id.in_([row.id for row in rows]), _IS_UNFINISHED)
+    if needs := session.scalar(user.where(Job.id != job_id).limit(1)):
+        raise JobInUse(f"The job {needs} needs a checkpoint of this one: cancel that one first")
+    keys = {row.key for row in rows}
+    session.connection().execute(delete(Job).where(Job.id == job_id))
+    return unnamed_keys(session, keys)
+
+
+def inherit(session: Session, job: Job, parent: Job) -> None:
+    """Lets a new job begin where its parent came to: with the parent's checkpoints, which both name
+    from now on, the curve up to the last of them, and what `auto` chose."""
+    rows = list_checkpoints(session, parent.id)
+    newest = rows[0].last_point
+    is_kept = (MetricPoint.job_id == parent.id) & (MetricPoint.name != REWIND)
+    place = func.row_number().over(order_by=MetricPoint.number)
+    columns = ("name", "step", "epoch", "value", "time")
+    session.connection().execute(
+        insert(MetricPoint).from_select(
+            ["job_id", "number", "attempt", *columns],
+            select(
+                literal(job.id),
+                place,
+                literal(0),
+                *(getattr(MetricPoint, name) for name in columns),
+            ).where(is_kept, MetricPoint.number <= newest),
+        )
+    )
+
+    def num_points(last: int) -> int:
+        count = select(func.count()).select_from(MetricPoint)
+        return session.scalar(count.where(is_kept, MetricPoint.number <= last)) or 0
+
+    for row in rows:
+        session.add(
+            Checkpoint(
+                id=new_id(),
+                job_id=job.id,
+                attempt=0,
+                kind=row.kind,
+                epoch=row.epoch,
+                step=row.step,
+                metrics=row.metrics,
+                last_point=num_points(row.last_point),
+                num_bytes=row.num_bytes,
+                key=row.key,
+                created_at=row.created_at,
+            )
+        )
+    job.last_point = num_points(newest)
+    job.runtime = parent.runtime
+    session.flush()
+    lifecycle.record(
+        session,
+        job.id,
+        "info",
+        "inherited",
+        f"Goes on from step {rows[0].step} of the job {parent.id}",
+        {"parent_id": parent.id, "step": rows[0].step},
+    )
+
+
+def list_attempts(session: Session, job_id: str) -> list[Attempt]:
+    """The attempts at a job, in their order."""
+    return list(
+        session.scalars(select(Attempt).where(Attempt.job_id == job_id).order_by(Attempt.number))
+    )
+
+
+def attempt_document(row: Attempt) -> schemas.Attempt:
+    """The attempt as clients see it."""
+    return schemas.Attempt(
+        number=row.number,
+        host=row.host,
+        gpus=row.gpus or [],
+        started_at=row.started_at,
+        ended_at=row.ended_at,
+        outcome=row.outcome,
+        reason=row.reason,
     )
 
 
@@ -211,6 +557,12 @@ def store_runtime(session: Session, fence: Fence, runtime: Mapping[str, Any]) ->
 def store_dataset_id(session: Session, fence: Fence, dataset_id: str) -> None:
     """Notes which dataset a name stood for. Raises `Superseded`."""
     _update_owned(session, fence, dataset_id=dataset_id)
+
+
+def store_checkpoint_id(session: Session, fence: Fence, checkpoint_id: str) -> None:
+    """Notes which checkpoint a job's model was found to be; it is kept from now on until the job is
+    over. Raises `Superseded`."""
+    _update_owned(session, fence, checkpoint_id=checkpoint_id)
 
 
 def _update_owned(session: Session, fence: Fence, **values: Any) -> None:
@@ -247,6 +599,8 @@ def write_progress(
     values: dict[str, Any] = {"last_point": Job.last_point + len(points), "progress_at": db_now()}
     if progress is not None:
         values["progress"] = dict(progress)
+        if rate := progress.get("images_per_second"):
+            values["images_per_second"] = rate
     last = (
         session.connection()
         .execute(update(Job).where(holds(fence)).values(**values).returning(Job.last_point))
@@ -316,6 +670,35 @@ def missing_points(session: Session, fence: Fence, points: Sequence[NewPoint]) -
     return [point for point in points if (point.name, point.step) not in stored]
 
 
+_POINT_COLUMNS = (
+    MetricPoint.name,
+    MetricPoint.number,
+    MetricPoint.step,
+    MetricPoint.epoch,
+    MetricPoint.value,
+    MetricPoint.time,
+)
+
+
+def read_points(
+    session: Session,
+    job_id: str,
+    *,
+    after: int,
+    names: Collection[str] | None = None,
+    limit: int | None = None,
+) -> list[Row[Any]]:
+    """Points numbered above `after`, in their order, `limit` at most: rows of name, number, step,
+    epoch, value and time."""
+    query = (
+        select(*_POINT_COLUMNS)
+        .where(_is_point(job_id, names), MetricPoint.number > after)
+        .order_by(MetricPoint.number)
+        .limit(limit)
+    )
+    return list(session.execute(query))
+
+
 def series(
     session: Session,
     job_id: str,
@@ -326,38 +709,108 @@ def series(
 ) -> tuple[dict[str, list[schemas.MetricPoint]], int | None]:
     """Points numbered above `after`, by name and in their order, `limit` at most; with the
     number of the last one that was looked at, None when there was none."""
-    query = (
-        select(MetricPoint)
-        .where(MetricPoint.job_id == job_id, MetricPoint.number > after)
-        .where(MetricPoint.name != REWIND)
-        .order_by(MetricPoint.number)
-        .limit(limit)
+    rows = read_points(session, job_id, after=after, names=names, limit=limit)
+    found: dict[str, list[schemas.MetricPoint]] = {}
+    for row in rows:
+        found.setdefault(row.name, []).append(point_document(row))
+    return found, rows[-1].number if rows else None
+
+
+def point_document(row: Row[Any]) -> schemas.MetricPoint:
+    """A row of `read_points` as clients see it."""
+    return schemas.MetricPoint(step=row.step, epoch=row.epoch, value=row.value, time=row.time)
+
+
+def _is_point(job_id: str, names: Collection[str] | None) -> ColumnElement[bool]:
+    found: ColumnElement[bool] = (MetricPoint.job_id == job_id) & (MetricPoint.name != REWIND)
+    return found if names is None else found & MetricPoint.name.in_(names)
+
+
+def read_extremes(
+    session: Session,
+    job_id: str,
+    *,
+    after: int,
+    up_to: int,
+    block: int,
+    names: Collection[str] | None = None,
+) -> list[Row[Any]]:
+    """Of the points numbered above `after` and at most `up_to`, cut into stretches of `block`
+    numbers: each stretch's and series' lowest and highest, and each series' first and last. Rows
+    as `read_points` gives, in their order. The database reads every point, and gives out few."""
+    is_within = (
+        _is_point(job_id, names) & (MetricPoint.number > after) & (MetricPoint.number <= up_to)
     )
-    if names is not None:
-        query = query.where(MetricPoint.name.in_(names))
-    answer: dict[str, list[schemas.MetricPoint]] = {}
-    last = None
-    for row in session.scalars(query):
-        last = row.number
-        assert row.value is not None
-        point = schemas.MetricPoint(step=row.step, epoch=row.epoch, value=row.value, time=row.time)
-        answer.setdefault(row.name, []).append(point)
-    return answer, last
+    stretch = (MetricPoint.number - 1) // block
+    bounds = (
+        select(
+            MetricPoint.name,
+            stretch.label("stretch"),
+            func.min(MetricPoint.value).label("low"),
+            func.max(MetricPoint.value).label("high"),
+        )
+        .where(is_within)
+        .group_by(MetricPoint.name, stretch)
+        .cte()
+    )
+    number, value = MetricPoint.number, MetricPoint.value
+    picks = session.execute(
+        select(
+            bounds.c.name,
+            func.min(case((value == bounds.c.low, number))).label("lowest"),
+            func.min(case((value == bounds.c.high, number))).label("highest"),
+            func.min(number).label("first"),
+            func.max(number).label("last"),
+        )
+        .join(bounds, (bounds.c.name == MetricPoint.name) & (bounds.c.stretch == stretch))
+        .where(is_within)
+        .group_by(bounds.c.name, bounds.c.stretch)
+    ).all()
+    numbers = {n for pick in picks for n in (pick.lowest, pick.highest)}
+    for name in {pick.name for pick in picks}:
+        numbers.add(min(pick.first for pick in picks if pick.name == name))
+        numbers.add(max(pick.last for pick in picks if pick.name == name))
+    return _points_numbered(session, job_id, sorted(numbers))
+
+
+def _points_numbered(session: Session, job_id: str, numbers: Sequence[int]) -> list[Row[Any]]:
+    rows: list[Row[Any]] = []
+    for first in range(0, len(numbers), MAX_NUMBERS):
+        part = numbers[first : first + MAX_NUMBERS]
+        query = select(*_POINT_COLUMNS).where(
+            MetricPoint.job_id == job_id, MetricPoint.number.in_(part)
+        )
+        rows += session.execute(query.order_by(MetricPoint.number))
+    return rows
+
+
+def was_rewound(session: Session, job_id: str, *, after: int) -> bool:
+    """Whether points up to the number `after` may have been dropped since it was the last."""
+    query = select(MetricPoint.number).where(
+        MetricPoint.job_id == job_id, MetricPoint.number > after, MetricPoint.name == REWIND
+    )
+    return session.scalar(query.limit(1)) is not None
 
 
 def points_after(session: Session, cursors: Mapping[str, int], limit: int) -> list[MetricPoint]:
-    """The rows of many jobs that come after each job's cursor, rewinds among them, ordered by
-    number within each job; `limit` rows at most. One query for up to `MAX_ALTERNATIVES` jobs."""
-    rows: list[MetricPoint] = []
+    """The points of many jobs that come after each job's cursor, rewinds among them, ordered by
+    number within each job; `limit` at most."""
+    return _rows_after(session, MetricPoint, cursors, limit)
+
+
+def _rows_after(
+    session: Session, table: type[NumberedT], cursors: Mapping[str, int], limit: int
+) -> list[NumberedT]:
+    """One query for up to `MAX_ALTERNATIVES` jobs."""
+    rows: list[NumberedT] = []
     wanted = [
-        (MetricPoint.job_id == job_id) & (MetricPoint.number > number)
-        for job_id, number in cursors.items()
+        (table.job_id == job_id) & (table.number > number) for job_id, number in cursors.items()
     ]
     for first in range(0, len(wanted), MAX_ALTERNATIVES):
         query = (
-            select(MetricPoint)
+            select(table)
             .where(or_(*wanted[first : first + MAX_ALTERNATIVES]))
-            .order_by(MetricPoint.job_id, MetricPoint.number)
+            .order_by(table.job_id, table.number)
             .limit(limit - len(rows))
         )
         rows += session.scalars(query)
@@ -370,10 +823,19 @@ def statuses(session: Session, job_ids: Collection[str]) -> dict[str, JobStatus]
     return {job_id: JobStatus(status) for job_id, status in rows}
 
 
-def last_points(session: Session, job_ids: Collection[str]) -> dict[str, tuple[JobStatus, int]]:
-    """For each of these jobs: its status, and the number of its last point."""
-    rows = session.execute(select(Job.id, Job.status, Job.last_point).where(Job.id.in_(job_ids)))
-    return {job_id: (JobStatus(status), last) for job_id, status, last in rows}
+class Head(NamedTuple):
+    """How far a job has come: its status, and the numbers of its last point and its last event."""
+
+    status: JobStatus
+    last_point: int
+    last_event: int
+
+
+def heads(session: Session, job_ids: Collection[str]) -> dict[str, Head]:
+    """Of those of these jobs that exist."""
+    columns = (Job.id, Job.status, Job.last_point, Job.last_event)
+    rows = session.execute(select(*columns).where(Job.id.in_(job_ids)))
+    return {job_id: Head(JobStatus(status), *last) for job_id, status, *last in rows}
 
 
 # -------------------------------------------------------------------------------------- events
@@ -398,6 +860,12 @@ def list_events(
         .limit(limit)
     )
     return list(session.scalars(query))
+
+
+def events_after(session: Session, cursors: Mapping[str, int], limit: int) -> list[Event]:
+    """The events of many jobs that come after each job's cursor, ordered by number within each
+    job; `limit` at most."""
+    return _rows_after(session, Event, cursors, limit)
 
 
 def event_document(row: Event) -> schemas.Event:
@@ -458,10 +926,7 @@ def register_checkpoint(
 def retire_checkpoints(session: Session, job_id: str, keep: Mapping[str, int]) -> list[str]:
     """Drops the rows beyond `keep[kind]` newest of each kind, but for those that an unfinished
     job needs. Returns the keys that no row names any more: their files can go."""
-    needed = select(Job.checkpoint_id).where(
-        Job.checkpoint_id.is_not(None),
-        Job.status.not_in([status for status in JobStatus if status.is_terminal]),
-    )
+    needed = select(Job.checkpoint_id).where(Job.checkpoint_id.is_not(None), _IS_UNFINISHED)
     dropped: set[str] = set()
     for kind, num_kept in keep.items():
         newest_first = (
@@ -478,15 +943,18 @@ def retire_checkpoints(session: Session, job_id: str, keep: Mapping[str, int]) -
                 dropped.add(row.key)
                 session.delete(row)
     session.flush()
-    query = select(Checkpoint.key).where(Checkpoint.job_id == job_id, Checkpoint.key.in_(dropped))
-    return sorted(dropped - set(session.scalars(query)))
+    return unnamed_keys(session, dropped)
 
 
-def registered_keys(session: Session, job_id: str) -> set[str]:
-    """The storage keys of this job that a row names: its checkpoints and datasets."""
-    checkpoints = select(Checkpoint.key).where(Checkpoint.job_id == job_id)
-    datasets = select(Dataset.key).where(Dataset.key.startswith(f"datasets/{job_id}/"))
-    return {*session.scalars(checkpoints), *session.scalars(datasets)}
+def unnamed_keys(session: Session, keys: Collection[str]) -> list[str]:
+    """Those of `keys` that no checkpoint and no dataset names, of whatever job: their files can
+    go."""
+    unnamed = set(keys)
+    for first in range(0, len(keys), MAX_ALTERNATIVES):
+        part = sorted(keys)[first : first + MAX_ALTERNATIVES]
+        unnamed -= set(session.scalars(select(Checkpoint.key).where(Checkpoint.key.in_(part))))
+        unnamed -= set(session.scalars(select(Dataset.key).where(Dataset.key.in_(part))))
+    return sorted(unnamed)
 
 
 def forget_checkpoints_after(session: Session, fence: Fence, step: int) -> list[str]:
@@ -494,9 +962,9 @@ def forget_checkpoints_after(session: Session, fence: Fence, step: int) -> list[
     whose files can go. Raises `Superseded`."""
     _update_owned(session, fence, progress_at=db_now())
     later = (Checkpoint.job_id == fence.job_id) & (Checkpoint.step > step)
-    keys = sorted(set(session.scalars(select(Checkpoint.key).where(later))))
+    keys = set(session.scalars(select(Checkpoint.key).where(later)))
     session.connection().execute(delete(Checkpoint).where(later))
-    return keys
+    return unnamed_keys(session, keys)
 
 
 def list_checkpoints(session: Session, job_id: str) -> list[Checkpoint]:
@@ -652,13 +1120,14 @@ def list_datasets(
 
 def find_dataset(session: Session, reference: str) -> Dataset | None:
     """The dataset with this id, else the newest one of this name."""
-    by_name = (
+    has_id = Dataset.id == reference
+    query = (
         select(Dataset)
-        .where(Dataset.name == reference)
-        .order_by(Dataset.created_at.desc(), Dataset.id.desc())
+        .where(has_id | (Dataset.name == reference))
+        .order_by(has_id.desc(), Dataset.created_at.desc(), Dataset.id.desc())
         .limit(1)
     )
-    return session.get(Dataset, reference) or session.scalar(by_name)
+    return session.scalar(query)
 
 
 def dataset_facts(session: Session, reference: str) -> tuple[DatasetFacts, str | None]:
@@ -704,19 +1173,113 @@ def dataset_document(row: Dataset) -> schemas.Dataset:
     )
 
 
+# ---------------------------------------------------------------------------- idempotency keys
+
+
+def recall_request(session: Session, submitter: str, key: str, request_hash: str) -> Job | None:
+    """The job that an earlier request with this Idempotency-Key made; None for a new key.
+
+    Raises:
+        IdempotencyMismatch: the earlier request was another.
+    """
+    row = session.get(IdempotencyKey, (submitter, key))
+    if row is None:
+        return None
+    if row.request_hash != request_hash:
+        raise IdempotencyMismatch("Give another request a key of its own")
+    return get_job(session, row.job_id)
+
+
+def remember_request(
+    session: Session, submitter: str, key: str, request_hash: str, job_id: str
+) -> None:
+    """Keeps the key with the job, in the transaction that stores it. Raises SQLAlchemy's
+    `IntegrityError` when another request with this key came first."""
+    session.add(
+        IdempotencyKey(
+            submitter=submitter,
+            key=key,
+            request_hash=request_hash,
+            job_id=job_id,
+            created_at=session.scalar(select(db_now())),
+        )
+    )
+    session.flush()
+
+
+def forget_requests(session: Session, older_than_seconds: float) -> int:
+    """Drops old Idempotency-Keys. Returns how many."""
+    old = IdempotencyKey.created_at < db_now(-older_than_seconds)
+    return session.connection().execute(delete(IdempotencyKey).where(old)).rowcount
+
+
+# ----------------------------------------------------------------------------------------- logs
+
+
+def add_log_part(session: Session, fence: Fence, number: int, text: str) -> bool:
+    """Stores the next piece of what the attempt's trainer printed. An attempt that has ended may
+    still do so, since these are nobody else's rows; False where its job was deleted."""
+    owns = select(Attempt.number).where(
+        Attempt.job_id == fence.job_id,
+        Attempt.number == fence.attempt,
+        Attempt.owner == fence.owner,
+    )
+    if session.scalar(owns) is None:
+        return False
+    session.connection().execute(
+        insert(LogPart).values(job_id=fence.job_id, attempt=fence.attempt, number=number, text=text)
+    )
+    return True
+
+
+def drop_log_parts(session: Session, fence: Fence, up_to: int) -> None:
+    """Forgets the attempt's first pieces, up to this number."""
+    session.connection().execute(
+        delete(LogPart).where(
+            LogPart.job_id == fence.job_id,
+            LogPart.attempt == fence.attempt,
+            LogPart.number <= up_to,
+        )
+    )
+
+
+def read_log(session: Session, job_id: str, attempt: int) -> str:
+    """What the trainer of an attempt printed, as far as it is kept."""
+    query = (
+        select(LogPart.text)
+        .where(LogPart.job_id == job_id, LogPart.attempt == attempt)
+        .order_by(LogPart.number)
+    )
+    return "".join(session.scalars(query))
+
+
 # -------------------------------------------------------------------------------------- workers
 
 
-def see_worker(session: Session, worker_id: str, host: str, num_gpus: int, num_cores: int) -> None:
+@dataclass(frozen=True)
+class WorkerFacts:
+    """What a worker says of itself. `devices`: as `schemas.WorkerDevice`, without the jobs."""
+
+    host: str
+    num_gpus: int
+    num_cores: int
+    num_slots: int
+    devices: Sequence[Mapping[str, Any]]
+    is_draining: bool = False
+
+
+def see_worker(session: Session, worker_id: str, facts: WorkerFacts) -> None:
     """Notes that a worker is there and what it has, and forgets those not seen for an hour."""
     gone = Worker.seen_at < db_now(-FORGET_WORKER_SECONDS)
     session.connection().execute(delete(Worker).where(gone))
-    values = {"host": host, "num_gpus": num_gpus, "num_cores": num_cores, "seen_at": db_now()}
+    values = {**vars(facts), "devices": [dict(d) for d in facts.devices], "seen_at": db_now()}
     seen = session.connection().execute(
         update(Worker).where(Worker.id == worker_id).values(**values)
     )
     if seen.rowcount == 0:  # Nobody else writes this row: it cannot appear in between.
-        session.connection().execute(insert(Worker).values(id=worker_id, **values))
+        session.connection().execute(
+            insert(Worker).values(id=worker_id, started_at=db_now(), **values)
+        )
 
 
 def forget_worker(session: Session, worker_id: str) -> None:
@@ -726,6 +1289,50 @@ def forget_worker(session: Session, worker_id: str) -> None:
 
 def cluster_facts(session: Session) -> ClusterFacts | None:
     """What the living workers have; None when there is none."""
-    alive = Worker.seen_at >= db_now(-ALIVE_SECONDS)
-    max_gpus = session.scalar(select(func.max(Worker.num_gpus)).where(alive))
+    max_gpus = session.scalar(_MAX_GPUS)
     return None if max_gpus is None else ClusterFacts(max_gpus=max_gpus)
+
+
+def list_workers(session: Session) -> list[schemas.Worker]:
+    """The workers that were seen within the last hour, in the order in which they began, with what
+    runs on each."""
+    is_alive = _IS_ALIVE.label("is_alive")
+    rows = session.execute(select(Worker, is_alive).order_by(Worker.started_at, Worker.id)).all()
+    running = session.execute(
+        select(Job.worker_id, Job.id, Attempt.gpus)
+        .join(Attempt, (Attempt.job_id == Job.id) & (Attempt.number == Job.attempt))
+        .where(Job.status.in_(lifecycle.OWNED), Job.worker_id.is_not(None))
+        .order_by(Attempt.started_at)
+    ).all()
+    return [
+        _worker_document(
+            row,
+            is_alive,
+            [(job_id, gpus or []) for worker, job_id, gpus in running if worker == row.id],
+        )
+        for row, is_alive in rows
+    ]
+
+
+def _worker_document(
+    row: Worker, is_alive: bool, running: Sequence[tuple[str, Sequence[int]]]
+) -> schemas.Worker:
+    holders = {gpu: job_id for job_id, gpus in running for gpu in gpus}
+    devices = [
+        schemas.WorkerDevice(
+            **device, job_id=holders.get(device["index"]) if device["type"] == "cuda" else None
+        )
+        for device in row.devices or []
+    ]
+    status = "draining" if row.is_draining else "active"
+    return schemas.Worker(
+        id=row.id,
+        host=row.host,
+        status=status if is_alive else "lost",
+        num_slots=row.num_slots,
+        num_cores=row.num_cores,
+        devices=devices,
+        job_ids=[job_id for job_id, _ in running],
+        started_at=row.started_at or row.seen_at,
+        seen_at=row.seen_at,
+    )

@@ -66,6 +66,14 @@ class Settings(BaseSettings):
     loader_processes: int = Field(0, ge=0, le=256)
     """That decode such a dataset; 0 takes as many as cores."""
 
+    # Disk.
+    reserved_disk_bytes: int = Field(256 * MEBIBYTE, ge=0)
+    """Left free for the database by whoever writes checkpoints and datasets."""
+    max_cache_bytes: int = Field(100 * 1024 * MEBIBYTE, ge=0)
+    """Packed datasets beyond this are cleared away, those first that were used longest ago."""
+    tidy_seconds: float = Field(600.0, gt=0, le=86_400)
+    """How often a worker clears away what nobody needs any more."""
+
     # Limits of what a client can make grow.
     max_body_bytes: int = Field(64 * MEBIBYTE, gt=0)
     max_json_bytes: int = Field(MEBIBYTE, gt=0)
@@ -74,7 +82,11 @@ class Settings(BaseSettings):
     max_list_items: int = Field(1000, gt=0)
     max_metric_points: int = Field(100_000, gt=0)
     """Points that one answer of `GET /jobs/{id}/metrics` holds at most."""
+    max_log_bytes: int = Field(MEBIBYTE, ge=MEBIBYTE // 4)
+    """Of what the trainer of one attempt prints, the newest so many are kept."""
     max_queued_jobs: int = Field(10_000, gt=0)
+    max_queued_jobs_per_key: int = Field(1000, gt=0)
+    """Of those, posted with one key; without keys only `max_queued_jobs` holds."""
     max_streams: int = Field(1000, gt=0)
     max_dataset_images: int = Field(5_000_000, gt=0)
     max_dataset_bytes: int = Field(200 * 1024 * MEBIBYTE, gt=0)

@@ -10,10 +10,12 @@ from sqlalchemy import (
     JSON,
     BigInteger,
     ForeignKey,
+    ForeignKeyConstraint,
     Index,
     LargeBinary,
     MetaData,
     String,
+    Text,
     UniqueConstraint,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -47,8 +49,10 @@ class Job(Base):
 
     __tablename__ = "jobs"
     __table_args__ = (
-        Index(None, "status", "created_at", "id"),
+        Index(None, "status", "rank", "created_at", "id"),
         Index(None, "created_at", "id"),
+        Index(None, "waits_for"),
+        Index(None, "speed_key", "finished_at"),
     )
 
     id: Mapped[str] = mapped_column(ID, primary_key=True)
@@ -56,9 +60,17 @@ class Job(Base):
     name: Mapped[str | None] = mapped_column(String(200))
     status: Mapped[str] = mapped_column(String(16))
     spec: Mapped[dict[str, Any]]
+    rank: Mapped[int] = mapped_column(default=0, server_default="0")
+    """The spec's `priority` with its sign turned: the queue is in ascending order of these."""
     device: Mapped[str] = mapped_column(String(16))
+    """The spec's `resources.device`, or `any` for a job that computes nothing."""
     num_processes: Mapped[int] = mapped_column(default=1, server_default="1")
     """With `device`, the spec's `resources`: what a worker must have to claim the job."""
+    submitter: Mapped[str] = mapped_column(String(64), default="", server_default="")
+    """Whose it is: a digest of the key with which it was posted, empty without keys."""
+    parent_id: Mapped[str | None] = mapped_column(ID)
+    waits_for: Mapped[str | None] = mapped_column(ID)
+    """The job that has to succeed first; null once it has."""
     dataset_id: Mapped[str | None] = mapped_column(ID)
     checkpoint_id: Mapped[str | None] = mapped_column(ID)
     """The checkpoint that an evaluation measures, or that a training starts from; it is kept as
@@ -69,9 +81,19 @@ class Job(Base):
     attempt: Mapped[int] = mapped_column(default=0)
     crashes: Mapped[int] = mapped_column(default=0)
     """Crashed attempts in a row that registered no checkpoint."""
+    stop_requested: Mapped[bool] = mapped_column(default=False, server_default="0")
+    """Kept through crashes, which the status `stopping` is not."""
     owner: Mapped[str | None] = mapped_column(ID)
+    worker_id: Mapped[str | None] = mapped_column(ID)
     host: Mapped[str | None] = mapped_column(String(255))
     lease_until: Mapped[datetime | None]
+
+    speed_key: Mapped[str | None] = mapped_column(String(64))
+    """Jobs with the same one go about equally fast."""
+    num_images: Mapped[int | None] = mapped_column(BigInteger)
+    """That the whole job passes through its network."""
+    images_per_second: Mapped[float | None]
+    """As last measured."""
 
     progress: Mapped[dict[str, Any] | None]
     progress_at: Mapped[datetime | None]
@@ -95,11 +117,41 @@ class Attempt(Base):
     number: Mapped[int] = mapped_column(primary_key=True)
     owner: Mapped[str] = mapped_column(ID)
     host: Mapped[str] = mapped_column(String(255))
+    gpus: Mapped[list[Any] | None]
+    """The numbers of the worker's GPUs that it has to itself; null for none."""
     started_at: Mapped[datetime]
     ended_at: Mapped[datetime | None]
     outcome: Mapped[str | None] = mapped_column(String(16))
-    """succeeded, failed, cancelled, released or lost."""
+    """succeeded, failed, cancelled, paused, released or lost."""
     reason: Mapped[str | None] = mapped_column(String(4000))
+
+
+class LogPart(Base):
+    """A piece of what an attempt's trainer printed, numbered within the attempt."""
+
+    __tablename__ = "log_parts"
+    __table_args__ = (
+        ForeignKeyConstraint(
+            ["job_id", "attempt"], ["attempts.job_id", "attempts.number"], ondelete="CASCADE"
+        ),
+    )
+
+    job_id: Mapped[str] = mapped_column(ID, primary_key=True)
+    attempt: Mapped[int] = mapped_column(primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True)
+    text: Mapped[str] = mapped_column(Text)
+
+
+class IdempotencyKey(Base):
+    """A key that a client gave with a request, and the job that came of it."""
+
+    __tablename__ = "idempotency_keys"
+
+    submitter: Mapped[str] = mapped_column(String(64), primary_key=True)
+    key: Mapped[str] = mapped_column(String(255), primary_key=True)
+    request_hash: Mapped[str] = mapped_column(String(64))
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), index=True)
+    created_at: Mapped[datetime]
 
 
 class MetricPoint(Base):
@@ -138,11 +190,11 @@ class Event(Base):
 
 
 class Checkpoint(Base):
-    """A complete checkpoint in the storage below `key`. Two rows, `best` and `last`, may share
-    one key."""
+    """A complete checkpoint in the storage below `key`. Rows may share one key: `best` and `last`
+    of one job, and those of a job and of its retry, which begins with its parent's."""
 
     __tablename__ = "checkpoints"
-    __table_args__ = (Index(None, "job_id", "kind", "step"),)
+    __table_args__ = (Index(None, "job_id", "kind", "step"), Index(None, "key"))
 
     id: Mapped[str] = mapped_column(ID, primary_key=True)
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
@@ -219,4 +271,9 @@ class Worker(Base):
     host: Mapped[str] = mapped_column(String(255))
     num_gpus: Mapped[int]
     num_cores: Mapped[int]
+    num_slots: Mapped[int] = mapped_column(default=1, server_default="1")
+    devices: Mapped[list[Any] | None]
+    """As `skipline.schemas.WorkerDevice`, without the jobs."""
+    is_draining: Mapped[bool] = mapped_column(default=False, server_default="0")
+    started_at: Mapped[datetime | None]
     seen_at: Mapped[datetime]

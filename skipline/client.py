@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +21,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from skipline.schemas import (
     Architecture,
+    Attempt,
     Checkpoint,
     Dataset,
     DatasetPage,
@@ -37,6 +39,7 @@ from skipline.schemas import (
     Report,
     RewindEvent,
     Summary,
+    Worker,
 )
 from skipline.specs import EvaluateSpec, TrainSpec
 
@@ -49,11 +52,13 @@ LONGEST_PAUSE_SECONDS = 5.0
 """Between two tries to reach a server that is away, and between two looks at a waiting job."""
 STREAM_SILENCE_SECONDS = 60.0
 """A stream without even a keep-alive for so long counts as dropped."""
-EVENT_TYPES: Mapping[str, type[LiveEvent]] = {
+METRIC_STREAM: Mapping[str, type[LiveEvent]] = {
     "metric": MetricEvent,
     "rewind": RewindEvent,
     "end": EndEvent,
 }
+EVENT_STREAM: Mapping[str, type[Event | EndEvent]] = {"event": Event, "end": EndEvent}
+"""What each stream carries, by the name of its server-sent events."""
 
 
 class ClientSettings(BaseSettings):
@@ -90,10 +95,12 @@ class SkiplineError(Exception):
 
 
 class ServerUnreachable(SkiplineError):
-    """No answer from the server, or its connection broke."""
+    """No answer from the server, or its connection broke. `may_have_arrived`: the request, so that
+    the server may have done what it asked for."""
 
-    def __init__(self, url: str, reason: str) -> None:
+    def __init__(self, url: str, reason: str, *, may_have_arrived: bool = True) -> None:
         self.reason = reason
+        self.may_have_arrived = may_have_arrived
         super().__init__(
             f"No Skipline server answers at {url} ({reason}). "
             "Start one with `skipline up`, or set SKIPLINE_API_URL to where it runs.",
@@ -132,10 +139,14 @@ class Skipline:
         url: where the server is; by default `SKIPLINE_API_URL`.
         api_key: sent as `Authorization: Bearer`; by default `SKIPLINE_API_KEY`.
         timeout: seconds that one answer may take.
-        patience: seconds for which streams and waits put up with a server that is away.
+        patience: seconds for which streams and waits put up with a server that is away, and for
+            which a request for a new job is sent again when its answer was lost.
 
     Every method raises `ServerUnreachable` when no answer comes, and `SkiplineError` for whatever
     else the server does not do.
+
+    What makes a job takes an `idempotency_key`: the server makes one job of all requests with the
+    same key, within 24 hours. Left out, it is random, and a lost answer makes no second job.
     """
 
     def __init__(
@@ -187,34 +198,60 @@ class Skipline:
 
     # Jobs.
 
-    def train(self, spec: TrainSpec | Mapping[str, Any] | None = None, /, **settings: Any) -> Job:
+    def train(
+        self,
+        spec: TrainSpec | Mapping[str, Any] | None = None,
+        /,
+        *,
+        idempotency_key: str | None = None,
+        **settings: Any,
+    ) -> Job:
         """Starts a training: `train(dataset="digits", model={"arch": "resnet18"}, epochs=5)`, or
         `train(recipe="cifar10_resnet18")`.
 
         Takes a spec, keys of one, or both; single keys win.
         """
-        return self.submit(_training(spec, settings))
+        return self.submit(_training(spec, settings), idempotency_key=idempotency_key)
 
-    def dry_run(self, spec: TrainSpec | Mapping[str, Any] | None = None, /, **settings: Any) -> Job:
+    def dry_run(
+        self,
+        spec: TrainSpec | Mapping[str, Any] | None = None,
+        /,
+        *,
+        idempotency_key: str | None = None,
+        **settings: Any,
+    ) -> Job:
         """As `train`, but only measures: the finished job's `result` says what the training would
         cost."""
-        return self.submit(_training(spec, settings), dry_run=True)
+        document = _training(spec, settings)
+        return self.submit(document, dry_run=True, idempotency_key=idempotency_key)
 
     def evaluate(
-        self, model: str, dataset: str, *, split: str | None = None, **settings: Any
+        self,
+        model: str,
+        dataset: str,
+        *,
+        split: str | None = None,
+        idempotency_key: str | None = None,
+        **settings: Any,
     ) -> Job:
         """Starts the evaluation of a model (a job's or a checkpoint's id) on a dataset's split."""
         return self.submit(
-            {"kind": "evaluate", "model": model, "dataset": dataset, "split": split, **settings}
+            {"kind": "evaluate", "model": model, "dataset": dataset, "split": split, **settings},
+            idempotency_key=idempotency_key,
         )
 
     def submit(
-        self, document: TrainSpec | EvaluateSpec | Mapping[str, Any], *, dry_run: bool = False
+        self,
+        document: TrainSpec | EvaluateSpec | Mapping[str, Any],
+        *,
+        dry_run: bool = False,
+        idempotency_key: str | None = None,
     ) -> Job:
         """Sends a whole job request. The job returned is stored and waits to be run."""
         body = dict(document) if isinstance(document, Mapping) else _as_written(document)
         query = {"dry_run": True} if dry_run else {}
-        return self._ask(Job, "POST", "jobs", params=query, json=body)
+        return self._new_job("jobs", idempotency_key, params=query, json=body)
 
     def job(self, job_id: str) -> Job:
         """The job as it stands."""
@@ -234,10 +271,35 @@ class Skipline:
 
     def cancel(self, job_id: str) -> Job:
         """Asks a job to end and give up its result."""
-        return self._ask(Job, "POST", f"jobs/{_segment(job_id)}/cancel")
+        return self._act(job_id, "cancel")
+
+    def pause(self, job_id: str) -> Job:
+        """Asks a running job to write a checkpoint and leave its worker."""
+        return self._act(job_id, "pause")
+
+    def resume(self, job_id: str) -> Job:
+        """Queues a paused job again; it goes on from its checkpoint."""
+        return self._act(job_id, "resume")
+
+    def stop(self, job_id: str) -> Job:
+        """Asks a running training to end early and keep its result."""
+        return self._act(job_id, "stop")
+
+    def retry(
+        self, job_id: str, *, from_start: bool = False, idempotency_key: str | None = None
+    ) -> Job:
+        """Does a failed or cancelled job again, as a new job with `parent_id`: from its last
+        checkpoint where it has one, unless `from_start`."""
+        query = {"from_start": True} if from_start else {}
+        return self._new_job(f"jobs/{_segment(job_id)}/retry", idempotency_key, params=query)
+
+    def delete(self, job_id: str) -> None:
+        """Deletes a job that nobody works at, with all that it has made."""
+        self._answer("DELETE", f"jobs/{_segment(job_id)}", expected=(204,))
 
     def wait(self, job_id: str) -> Job:
-        """The job once its status will not change any more; outlasts restarts of the server."""
+        """The job once its status will not change any more; outlasts restarts of the server, and
+        pauses."""
         patience = Patience(self.patience)
         pause = 0.1
         while True:
@@ -272,42 +334,17 @@ class Skipline:
         Ends with an `EndEvent`. A connection that drops is taken up again where it broke, so that
         no point is lost or doubled. After a `RewindEvent` the points later than its step are void.
         """
-        patience = Patience(self.patience)
-        while True:
-            opened = time.monotonic()
-            try:
-                for event in self._connection_events(job_id, last_event_id):
-                    patience.reset()
-                    last_event_id = event.id
-                    yield event
-                    if isinstance(event, EndEvent):
-                        return
-                reason = "the stream ended early"
-            except httpx2.TransportError as error:
-                reason = _reason(error)
-            except ServerUnreachable as error:
-                reason = error.reason
-            if time.monotonic() - opened > LONGEST_PAUSE_SECONDS:
-                patience.reset()  # It was up and silent; this is no row of failures.
-            patience.pause(ServerUnreachable(self.url, reason))
+        path = f"jobs/{_segment(job_id)}/metrics"
+        return self._stream(path, METRIC_STREAM, last_event_id)
 
-    def _connection_events(self, job_id: str, last_event_id: int | None) -> Iterator[LiveEvent]:
-        """The events of one connection. Raises httpx2's `TransportError` when it breaks."""
-        with self._http.sse(
-            f"jobs/{_segment(job_id)}/metrics",
-            headers={} if last_event_id is None else {"Last-Event-ID": str(last_event_id)},
-            timeout=httpx2.Timeout(self._timeout, read=STREAM_SILENCE_SECONDS),
-        ) as source:
-            if not source.response.is_success:
-                source.response.read()
-                raise self._refusal(source.response)
-            try:
-                for event in source:
-                    if kind := EVENT_TYPES.get(event.event):
-                        number = event.id or last_event_id
-                        yield kind.model_validate({**_object(event), "id": number})
-            except (httpx2.SSEError, ValueError):
-                raise self._stranger(source.response) from None
+    def stream_events(
+        self, job_id: str, last_event_id: int | None = None
+    ) -> Iterator[Event | EndEvent]:
+        """What happens to the job, as it happens, from the start or from after `last_event_id`.
+
+        Ends with an `EndEvent`. A connection that drops is taken up again where it broke.
+        """
+        return self._stream(f"jobs/{_segment(job_id)}/events", EVENT_STREAM, last_event_id)
 
     def checkpoints(self, job_id: str) -> list[Checkpoint]:
         """The stored states of the job's model."""
@@ -327,15 +364,23 @@ class Skipline:
         pages = self._pages(Page[Event], f"jobs/{_segment(job_id)}/events")
         return [event for page in pages for event in page.items]
 
+    def attempts(self, job_id: str) -> list[Attempt]:
+        """The tries of workers at the job, in order."""
+        pages = self._pages(Page[Attempt], f"jobs/{_segment(job_id)}/attempts")
+        return [attempt for page in pages for attempt in page.items]
+
+    def logs(self, job_id: str, attempt: int | None = None) -> str:
+        """What the trainer of an attempt printed, of the last one unless told otherwise; as far as
+        the server keeps it."""
+        path = f"jobs/{_segment(job_id)}/logs"
+        return self._content("text/plain", path, {"attempt": attempt}).text
+
     def plot(self, job_id: str, name: str) -> bytes:
         """A PNG: `loss`, `accuracy`, `lr`, `confusion` or `samples`."""
         path = f"jobs/{_segment(job_id)}/plots/{_segment(name)}.png"
-        response = self._answer("GET", path)
-        if response.headers.get("content-type") != "image/png":
-            raise self._stranger(response)
-        return response.content
+        return self._content("image/png", path).content
 
-    # Datasets, architectures, recipes, predictions.
+    # Datasets, architectures, recipes, predictions, workers.
 
     def datasets(self) -> DatasetPage:
         """All stored datasets, and the built-in ones that can be asked for by name."""
@@ -350,6 +395,7 @@ class Skipline:
         builtin: str | None = None,
         name: str | None = None,
         val_fraction: float | None = None,
+        idempotency_key: str | None = None,
     ) -> Job:
         """Starts bringing in a folder or archive of class folders on the server's disk, or a
         built-in by name; the finished job's `result["dataset_id"]` names the dataset.
@@ -366,7 +412,7 @@ class Skipline:
         if val_fraction is not None:
             body["val_fraction"] = val_fraction
         given = {key: value for key, value in body.items() if value is not None}
-        return self._ask(Job, "POST", "datasets", json=given)
+        return self._new_job("datasets", idempotency_key, json=given)
 
     def architectures(self) -> list[Architecture]:
         """The networks that can be asked for."""
@@ -396,11 +442,77 @@ class Skipline:
         form = {"model": model} | ({} if top_k is None else {"top_k": str(top_k)})
         return self._ask(Predictions, "POST", "predict", data=form, files=files)
 
+    def workers(self) -> list[Worker]:
+        """The workers that were seen within the last hour, and what each of them runs."""
+        return [worker for page in self._pages(Page[Worker], "workers") for worker in page.items]
+
     def ready(self) -> Readiness:
         """Whether the server can work, and each thing that it needs."""
         return self._ask(Readiness, "GET", "readyz", expected=(200, 503))
 
     # The wire.
+
+    def _act(self, job_id: str, action: str) -> Job:
+        return self._ask(Job, "POST", f"jobs/{_segment(job_id)}/{action}")
+
+    def _new_job(self, path: str, idempotency_key: str | None, **request: Any) -> Job:
+        """Asks for a new job, again where the answer was lost. A server that could not be reached
+        in the first place is told at once."""
+        headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
+        patience = Patience(self.patience)
+        is_sent = False
+        while True:
+            try:
+                return self._ask(Job, "POST", path, headers=headers, **request)
+            except ServerUnreachable as error:
+                is_sent |= error.may_have_arrived
+                if not is_sent:
+                    raise
+                patience.pause(error)
+
+    def _stream(
+        self, path: str, kinds: Mapping[str, type[DocumentT]], last_event_id: int | None
+    ) -> Iterator[DocumentT]:
+        """The events of a stream until its end, over as many connections as it takes."""
+        patience = Patience(self.patience)
+        while True:
+            opened = time.monotonic()
+            try:
+                for number, event in self._connection(path, kinds, last_event_id):
+                    patience.reset()
+                    last_event_id = number
+                    yield event
+                    if isinstance(event, EndEvent):
+                        return
+                reason = "the stream ended early"
+            except httpx2.TransportError as error:
+                reason = _reason(error)
+            except ServerUnreachable as error:
+                reason = error.reason
+            if time.monotonic() - opened > LONGEST_PAUSE_SECONDS:
+                patience.reset()  # It was up and silent; this is no row of failures.
+            patience.pause(ServerUnreachable(self.url, reason))
+
+    def _connection(
+        self, path: str, kinds: Mapping[str, type[DocumentT]], last_event_id: int | None
+    ) -> Iterator[tuple[int | None, DocumentT]]:
+        """The events of one connection, each with the number after which to go on. Raises httpx2's
+        `TransportError` when it breaks."""
+        with self._http.sse(
+            path,
+            headers={} if last_event_id is None else {"Last-Event-ID": str(last_event_id)},
+            timeout=httpx2.Timeout(self._timeout, read=STREAM_SILENCE_SECONDS),
+        ) as source:
+            if not source.response.is_success:
+                source.response.read()
+                raise self._refusal(source.response)
+            try:
+                for event in source:
+                    if kind := kinds.get(event.event):
+                        number = int(event.id) if event.id else last_event_id
+                        yield number, kind.model_validate({**_object(event), "id": number})
+            except (httpx2.SSEError, ValueError):
+                raise self._stranger(source.response) from None
 
     def _pages(
         self,
@@ -426,6 +538,15 @@ class Skipline:
         except ValidationError:
             raise self._stranger(response) from None
 
+    def _content(
+        self, media_type: str, path: str, query: Mapping[str, Any] | None = None
+    ) -> httpx2.Response:
+        """An answer that is no JSON."""
+        response = self._answer("GET", path, params=query)
+        if response.headers.get("content-type", "").partition(";")[0] != media_type:
+            raise self._stranger(response)
+        return response
+
     def _answer(
         self,
         method: str,
@@ -433,13 +554,16 @@ class Skipline:
         *,
         params: Mapping[str, Any] | None = None,
         expected: Sequence[int] = (200, 201, 202),
-        **body: Any,
+        **request: Any,
     ) -> httpx2.Response:
         query = {key: value for key, value in (params or {}).items() if value is not None}
         try:
-            response = self._http.request(method, path, params=query, **body)
+            response = self._http.request(method, path, params=query, **request)
         except httpx2.TransportError as error:
-            raise ServerUnreachable(self.url, _reason(error)) from error
+            never_left = isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout)
+            raise ServerUnreachable(
+                self.url, _reason(error), may_have_arrived=not never_left
+            ) from error
         if response.status_code not in expected:
             raise self._refusal(response)
         return response

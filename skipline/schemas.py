@@ -78,7 +78,12 @@ class JobError(Document):
 
 
 class Job(Document):
-    """A job as it stands. `spec` is resolved: every default is written out."""
+    """A job as it stands. `spec` is resolved: every default is written out.
+
+    `queue_position`: 1 for the next one to run; null for a job that does not wait for a worker,
+    also for one that waits for another job. `estimated_start_at`: by the measured speed of jobs
+    like those before it; null where none was measured yet, or no worker is there.
+    """
 
     id: str
     kind: JobKind
@@ -88,6 +93,7 @@ class Job(Document):
     attempt: int
     progress: Progress | None
     queue_position: int | None
+    estimated_start_at: Time | None = None
     created_at: Time
     started_at: Time | None
     finished_at: Time | None
@@ -95,6 +101,45 @@ class Job(Document):
     error: JobError | None
     stop_reason: Literal["user", "early_stopping", "time_budget"] | None
     parent_id: str | None
+
+
+class Attempt(Document):
+    """One try of a worker at a job. `outcome` says how it ended (null while it lasts): its job's
+    final status, `paused`, `released` by a worker that left, or `lost` in a crash. `gpus` are the
+    numbers of the worker's GPUs that it used."""
+
+    number: int
+    host: str
+    gpus: list[int]
+    started_at: Time
+    ended_at: Time | None
+    outcome: Literal["succeeded", "failed", "cancelled", "paused", "released", "lost"] | None
+    reason: str | None
+
+
+class WorkerDevice(Document):
+    """A GPU, or the processor with its cores. `job_id`: whose GPU it is now."""
+
+    type: Literal["cpu", "cuda"]
+    index: int
+    name: str
+    memory_bytes: int | None
+    job_id: str | None = None
+
+
+class Worker(Document):
+    """A worker process. `lost`: not seen for a minute. `draining`: gives its jobs back and leaves.
+    `num_slots`: jobs that it runs at once."""
+
+    id: str
+    host: str
+    status: Literal["active", "draining", "lost"]
+    num_slots: int
+    num_cores: int
+    devices: list[WorkerDevice]
+    job_ids: list[str]
+    started_at: Time
+    seen_at: Time
 
 
 ItemT = TypeVar("ItemT")

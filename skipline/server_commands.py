@@ -35,7 +35,10 @@ stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
 Host = Annotated[str, typer.Option(help="Address to listen on; others than loopback need a key.")]
 Port = Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")]
-Slots = Annotated[int, typer.Option(min=1, max=256, help="Jobs at once.")]
+Slots = Annotated[
+    int | None,
+    typer.Option(min=1, max=256, help="Jobs at once; by default one for each GPU, else one."),
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -140,14 +143,21 @@ def api(host: Host = "127.0.0.1", port: Port = 8000) -> None:
         serve(settings, host, port)
 
 
-def worker(slots: Slots = 1) -> None:
+def num_slots(slots: int | None, settings: Settings) -> int:
+    """As many as were asked for, else as the machine has GPUs, but at least one."""
+    from shared.settings import num_gpus
+
+    return slots or max(1, num_gpus(settings))
+
+
+def worker(slots: Slots = None) -> None:
     """Runs a worker that takes jobs from the queue."""
     with setup_errors():
         from worker.app import run
 
         settings = load_settings()
         end_with_parent()
-        run(settings, slots)
+        run(settings, num_slots(slots, settings))
 
 
 def migrate() -> None:
@@ -172,7 +182,7 @@ def end_with_parent() -> None:
         lifeline.watch(sys.stdin.fileno(), lambda line: None, leave)
 
 
-def up(host: Host = "127.0.0.1", port: Port = 8000, slots: Slots = 1) -> None:
+def up(host: Host = "127.0.0.1", port: Port = 8000, slots: Slots = None) -> None:
     """Starts everything on this machine: database, API and one worker. Ctrl-C stops it; jobs go
     on at the next start."""
     with setup_errors():
@@ -186,7 +196,7 @@ def up(host: Host = "127.0.0.1", port: Port = 8000, slots: Slots = 1) -> None:
         database.dispose()
         children = [
             Child("api", ["api", "--host", host, "--port", str(port)]),
-            Child("worker", ["worker", "--slots", str(slots)]),
+            Child("worker", ["worker", "--slots", str(num_slots(slots, settings))]),
         ]
         shown = f"[{host}]" if ":" in host else host
         stderr.print(f"Skipline is starting on [bold]http://{shown}:{port}[/bold]")

@@ -62,6 +62,10 @@ def _known(*names: str) -> Any:
 Label = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_label)]
 Reference = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_label)]
 """An id or a name of something stored elsewhere: a dataset, a job, a checkpoint."""
+JobReference = Annotated[str, Field(min_length=1, max_length=64), AfterValidator(_label)]
+"""A job's id."""
+Priority = Annotated[int, Field(ge=-10, le=10)]
+"""Higher ones run first; among equals, the one that came first."""
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Epochs = Annotated[int, Field(ge=1, le=10_000)]
@@ -248,12 +252,14 @@ class LossSpec(Spec):
 class CheckpointSpec(Spec):
     """When to write checkpoints and how many to keep.
 
-    `keep_best` by `monitor`, `keep_last` by age; one is written every `every_epochs` epochs, and
-    within an epoch when the last is older than `every_minutes`.
+    `keep_best` by `monitor`, `keep_last` by age, and for good those of each `keep_every_epochs`-th
+    epoch; one is written every `every_epochs` epochs, and within an epoch when the last is older
+    than `every_minutes`.
     """
 
     keep_best: Annotated[int, Field(ge=1, le=100)] = 1
     keep_last: Annotated[int, Field(ge=1, le=100)] = 1
+    keep_every_epochs: Epochs | None = None
     every_epochs: Epochs = 1
     every_minutes: Annotated[float, Field(gt=0, le=10_000)] = 10.0
     monitor: Literal["val_loss", "val_top1"] = "val_loss"
@@ -418,6 +424,8 @@ class TrainSpec(Spec):
     to the reader's imagination.
 
     - `recipe` names what filled the spec in; what is given beside it wins.
+    - `parent_id` names the job that this one continues or belongs to; `after` one that has to
+      succeed before this one runs, and whose failure is this one's too.
     - `normalize`: `dataset` takes mean and standard deviation of the training split, `image_std`
       the mean over its images of each one's standard deviation, `imagenet` ImageNet's.
     - `batch_size`: images of one optimizer step, whatever `accumulate_steps` (passes in which a
@@ -437,6 +445,9 @@ class TrainSpec(Spec):
     tags: Annotated[tuple[Label, ...], Field(max_length=20)] = ()
     recipe: RecipeName | None = None
     dataset: Reference
+    parent_id: JobReference | None = None
+    after: JobReference | None = None
+    priority: Priority = 0
     model: ModelSpec = ModelSpec()
     image_size: Annotated[int, Field(ge=8, le=1024)] | None = None
     augment: Annotated[tuple[AugmentSpec, ...], Field(max_length=10)] = (
@@ -486,7 +497,8 @@ class TrainSpec(Spec):
 
 class EvaluateSpec(Spec):
     """An evaluation of a stored model (a job's id means its best checkpoint) on a split;
-    `split: null` takes `test`, else `val`."""
+    `split: null` takes `test`, else `val`. With `after` it waits for a job, which may be the one
+    that makes the model."""
 
     kind: Literal["evaluate"] = "evaluate"
     spec_version: Literal[1] = SPEC_VERSION
@@ -494,6 +506,9 @@ class EvaluateSpec(Spec):
     tags: Annotated[tuple[Label, ...], Field(max_length=20)] = ()
     model: Reference
     dataset: Reference
+    parent_id: JobReference | None = None
+    after: JobReference | None = None
+    priority: Priority = 0
     split: Literal["train", "val", "test"] | None = None
     batch_size: Annotated[int, Field(ge=1, le=65_536)] = 256
     resources: ResourcesSpec = ResourcesSpec()

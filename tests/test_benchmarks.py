@@ -1,18 +1,28 @@
-"""The benchmarks of whole epochs: tiny runs of each, and the arithmetic of what they say."""
+"""The benchmarks: tiny runs of each, and the arithmetic of what they say."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import fast_cifar, training
+from api.app import create_app
+from api.server import Server
+from benchmarks import cluster, fast_cifar, queue, training
 from benchmarks.baselines import images, ours, published, timm_script, torchvision_reference
 from benchmarks.baselines.problem import Turn
+from shared import lifecycle, repository
+from shared.database import Database
+from shared.lifecycle import Capacity
 from skipline.recipes import RECIPES
+from skipline.schemas import JobStatus
 from skipline.specs import SGD, Adam, IngestSpec
 
 ALONE = ["--workers", "0", "--threads", "1"]
@@ -299,3 +309,114 @@ def test_no_more_epochs_are_run_than_the_schedule_has(
     words = ["--data", str(tmp_path), "--epochs-run", "15"]
     said = "--epochs-run 15: the recipe has 14 epochs"
     assert refusal(fast_cifar.main, words, capsys) == said
+
+
+# ---------------------------------------------------------------------------- queue and metrics
+
+
+def figures_of(file: Path) -> dict[str, dict[str, float]]:
+    """What a run of the benchmark wrote: value by name, part by part."""
+    parts = json.loads(file.read_text())["parts"]
+    return {part: {f["name"]: f["value"] for f in figures} for part, figures in parts.items()}
+
+
+@contextmanager
+def api_in_a_thread(place: cluster.Cluster) -> Iterator[int]:
+    """The same application without the seconds that a process of its own needs to start."""
+    port = cluster.free_port()
+    server = Server(create_app(place.settings), "127.0.0.1", port)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    cluster.wait_for(lambda: server.started, "the API")
+    try:
+        yield port
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def test_real_workers_claim_posted_jobs_and_drain_a_queue_once(tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    words = ["--parts", "claim", "drain", "--posts", "2", "--jobs", "12", "--workers", "2"]
+    assert queue.main([*words, "--json", str(file)]) == 0  # No goal is set on SQLite.
+    figures = figures_of(file)
+    assert 0 <= figures["claim"]["from POST to claimed, median"] < 60
+    assert figures["drain"]["12 jobs, 2 workers, claim to finish"] > 0
+
+
+def test_points_are_followed_read_and_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cluster.Cluster, "api", api_in_a_thread)
+    monkeypatch.setattr(queue.shutil, "which", lambda name: None)  # Neither Redis nor MLflow.
+    file = tmp_path / "figures.json"
+    words = ["--parts", "accept", "streams", "read", "metrics", "--accepted", "4", "--jobs", "3"]
+    words += ["--clients", "2", "--streams", "6", "--writers", "2", "--write-seconds", "0.05"]
+    words += ["--stream-seconds", "0.5", "--points", "9000", "--reads", "2", "--history", "800"]
+    goals = ["--most-read-ms", "60000", "--most-lag-seconds", "60"]
+    assert queue.main([*words, *goals, "--json", str(file)]) == 0
+    figures = figures_of(file)
+    assert figures["accept"]["jobs accepted, 2 clients, 3 queued before"] > 0
+    assert 0 < figures["streams"]["age of a point in 6 streams without, median"] < 60
+    assert set(figures["metrics"]) == {
+        "800 points written, Skipline",
+        "800 points read, Skipline",
+    }
+    said = capsys.readouterr().out
+    assert "MLflow is left out: python -m venv" in said
+    assert "No redis-server is installed" in said
+
+    missed = ["--parts", "read", "--points", "40", "--reads", "1", "--most-read-ms", "0.001"]
+    assert queue.main(missed) == 1
+    assert "at most 0.001: MISSED" in capsys.readouterr().out
+
+
+def test_a_figure_meets_its_goal_or_does_not() -> None:
+    assert queue.Figure("x", 200.0, "jobs/s", at_least=200).is_met
+    assert not queue.Figure("x", 199.9, "jobs/s", at_least=200).is_met
+    assert not queue.Figure("x", 1.1, "s", at_most=1).is_met
+    assert queue.Figure("x", 5.0, "s").is_met
+    median, highest = queue.quantiles("x", [float(n) for n in range(1, 101)], "s", at_most=50)
+    assert (median.value, median.is_met) == (50.5, False)
+    assert (highest.value, highest.is_met) == (96.0, True)
+
+
+def test_a_job_that_ran_twice_is_noticed(database: Database) -> None:
+    before = queue.hold_a_job(database)
+    queue.fill_queue(database, 3, waits_for=None)
+    capacity = Capacity(("any", "auto", "cpu"))
+    with database.session_scope() as session:
+        lifecycle.finish(session, before, JobStatus.succeeded, result={})
+        for _ in range(3):
+            claim = lifecycle.claim(session, "w", "host", 60, capacity)
+            assert claim is not None
+            lifecycle.finish(session, claim.fence, JobStatus.succeeded, result={})
+    assert queue.is_idle(database)
+    began, ended = queue.check_each_ran_once(database, before, 3)
+    assert began <= ended
+    with database.session_scope() as session:
+        repository.get_job(session, claim.fence.job_id).attempt = 2
+    with pytest.raises(SystemExit, match="1 wrong"):
+        queue.check_each_ran_once(database, before, 3)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--mlflow", "nowhere/mlflow"], "--mlflow nowhere/mlflow: there is no such command"),
+        (["--jobs", "0"], "argument --jobs: invalid positive value: '0'"),
+        (["--parts", "all"], "argument --parts: invalid choice"),
+    ],
+)
+def test_wrong_usage_of_queue_is_told(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert refusal(queue.main, words, capsys).startswith(said)
+
+
+@pytest.mark.parametrize("name", ["queue", "training"])
+def test_a_benchmark_run_as_a_file_finds_the_standard_library(name: str) -> None:
+    file = Path(queue.__file__).with_name(f"{name}.py")
+    done = subprocess.run([sys.executable, file, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage:")

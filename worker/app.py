@@ -1,6 +1,12 @@
-"""The worker's main process: Celery, its slots, and a reaper. Never imports torch."""
+"""The worker's main process: Celery, its slots, and what keeps house. Never imports torch."""
 
 from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from functools import partial
 
 import structlog
 from celery.signals import worker_shutting_down
@@ -8,18 +14,29 @@ from celery.signals import worker_shutting_down
 from shared import schema
 from shared.database import Database
 from shared.dispatch import make_celery
+from shared.housekeeping import Housekeeper
 from shared.reaper import Reaper
 from shared.settings import Settings
 from shared.storage import Storage
 from worker import tasks
-from worker.slots import Slots
+from worker.datasets import cache
+from worker.slots import Executor, Slots
 from worker.trainer_process import sweep_logs
+from worker.trainers import Trainers
 
 log = structlog.get_logger(__name__)
 
 
-def run(settings: Settings, num_slots: int) -> None:
-    """Works until SIGTERM or SIGINT, then gives its jobs back and returns.
+def run(
+    settings: Settings,
+    num_slots: int,
+    executor: Callable[[Settings, Database, int], Executor] = Trainers,
+) -> None:
+    """Works until SIGTERM or SIGINT, then gives its jobs back and returns, all within the grace
+    period.
+
+    Args:
+        executor: makes what carries attempts out, from the settings, the database and `num_slots`.
 
     Raises:
         SetupError: the database, the storage or the home folder cannot be used.
@@ -31,22 +48,37 @@ def run(settings: Settings, num_slots: int) -> None:
         log.warning("SQLite serves one machine: all workers must run on this one")
     sweep_logs(settings.home_path)
     app = make_celery(settings)
-    slots = Slots(settings, database, num_slots)
+    slots = Slots(settings, database, num_slots, executor(settings, database, num_slots))
     tasks.register(app, slots)
     reaper = Reaper(settings, database, storage)
-    reaper.start()
-    slots.look_forever()
+    bound_cache = partial(cache.bound, cache.packed_path(settings), settings.max_cache_bytes)
+    housekeeper = Housekeeper(settings, database, storage, [bound_cache])
 
-    def drain(**_: object) -> None:
+    def leave() -> None:
         slots.drain()
+        for keeper in (reaper, housekeeper):
+            keeper.stop()
 
-    worker_shutting_down.connect(drain)
+    # A thread, because a signal may come while the main one holds a lock that this waits for.
+    leaving = threading.Thread(target=leave, name="leave", daemon=True)
+
+    def begin_to_leave(**_: object) -> None:
+        _hear_no_more_signals()
+        if leaving.ident is None:
+            leaving.start()
+
+    worker_shutting_down.connect(begin_to_leave)
+    # Until Celery listens for signals itself.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit())
     try:
-        # Threads, because the work of a slot is to wait for a process; no gossip, no events:
-        # whatever workers must agree on is in the database.
+        reaper.start()
+        housekeeper.start()
+        slots.start()
+        # One thread, which only passes the bell on; no gossip, no events: whatever workers must
+        # agree on is in the database.
         app.Worker(
             pool="threads",
-            concurrency=num_slots,
+            concurrency=1,
             loglevel="WARNING",
             without_gossip=True,
             without_mingle=True,
@@ -54,6 +86,13 @@ def run(settings: Settings, num_slots: int) -> None:
             quiet=True,
         ).start()
     finally:
+        begin_to_leave()
         slots.close()
-        reaper.stop()
         database.dispose()
+
+
+def _hear_no_more_signals() -> None:
+    """Leaving has begun and has an end: asked once more, Celery would break it off. A handler,
+    because trainers would inherit that a signal is ignored."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: None)

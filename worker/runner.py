@@ -10,12 +10,16 @@ import json
 import os
 import queue
 import sys
+from contextlib import closing
+from functools import partial
+from typing import Any, cast, get_args
 
 import structlog
 
 from shared import lifecycle, lifeline, logs, repository
 from shared.database import Database
 from shared.errors import AppError, TrainingError
+from shared.hints import Hints
 from shared.lifecycle import Fence, Superseded
 from shared.settings import Settings, get_settings
 from shared.storage import Storage
@@ -23,7 +27,8 @@ from skipline.schemas import JobStatus
 from skipline.specs import load_spec
 from worker import jobs
 from worker.datasets.locks import Interrupted as DatasetInterrupted
-from worker.engine.events import Cancelled, Control, Released
+from worker.devices import see_only
+from worker.engine.events import Cancelled, Control, Released, Request
 from worker.sink import DatabaseSink
 
 log = structlog.get_logger(__name__)
@@ -33,23 +38,29 @@ ORPHANED = 70
 
 
 def main() -> None:
-    """Waits for the job, runs it. Ends at once, wherever it is, when the supervisor is gone."""
+    """Waits for the job, runs it. Ends at once, wherever it is, when the supervisor is gone; and
+    at once when all is written, since to take torch apart keeps a slot for seconds."""
     settings = get_settings()
     logs.configure(settings)
     control = Control()
-    first: queue.SimpleQueue[Fence] = queue.SimpleQueue()
+    first: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
 
     def on_line(line: str) -> None:
-        if line in ("cancel", "release"):
-            control.request = line  # type: ignore[assignment]
+        if line in get_args(Request):
+            control.request = cast(Request, line)
         else:
-            first.put(Fence(**json.loads(line)))
+            first.put(json.loads(line))
 
     lifeline.watch(sys.stdin.fileno(), on_line, lambda: os._exit(ORPHANED))
-    fence = first.get()
+    document = first.get()
+    see_only(document.pop("gpus"))
+    fence = Fence(**document)
     database = Database(settings.database)
     run_attempt(settings, database, Storage(settings.artifacts_path), fence, control)
     database.dispose()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(0)
 
 
 def run_attempt(
@@ -57,7 +68,9 @@ def run_attempt(
 ) -> None:
     """Runs the job and writes how it ended, unless another attempt owns it by now. An exception
     that nobody expected passes through: the supervisor counts it as a crash."""
-    with DatabaseSink(database, storage, fence, control) as sink:
+    hints = Hints(settings)
+    on_written = partial(hints.publish, fence.job_id)
+    with closing(hints), DatabaseSink(database, storage, fence, control, on_written) as sink:
         try:
             with database.read_scope() as session:
                 job = repository.get_job(session, fence.job_id)
@@ -74,9 +87,8 @@ def run_attempt(
         except Cancelled:
             end(sink, fence, JobStatus.cancelled)
         except Released:
-            sink.finish(
-                lambda session: lifecycle.release(session, fence, "The worker was asked to leave")
-            )
+            reason = "The trainer left when it was asked to"
+            sink.finish(lambda session: lifecycle.release(session, fence, reason))
         except TrainingError as error:
             fail(sink, fence, error)
         except AppError as error:

@@ -6,10 +6,12 @@ from __future__ import annotations
 
 import threading
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar
 
 import structlog
+import torch
 from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.orm import Session
 
@@ -21,7 +23,7 @@ from shared.storage import Storage
 from shared.vision.bundle import Bundle, write_bundle
 from skipline.schemas import Progress
 from skipline.specs import CheckpointSpec
-from worker.datasets.disk import full_disk_is_reported
+from worker.datasets.disk import check_free_disk, full_disk_is_reported
 from worker.engine.events import Control, TrainingCheckpoint
 from worker.engine.resume import RESUME_FILE, save_resume
 
@@ -37,21 +39,32 @@ class DatabaseSink:
     """Implements the engine's `Sink`. A context: its thread writes as long as it is open, and
     `finish` writes the rest.
 
-    Attributes:
-        describe: makes the bundle's document for a checkpoint; set before training begins.
-        keep: how many checkpoints to keep.
+    Args:
+        on_written: called after each transaction that wrote something; never raises.
+
+    Attributes, of checkpoints, set before training begins:
+        describe: makes a bundle's document.
+        keep: how many to keep.
+        reserved_disk_bytes: that they leave free.
     """
 
     describe: Callable[[TrainingCheckpoint], Bundle]
     keep: CheckpointSpec
+    reserved_disk_bytes: int
 
     def __init__(
-        self, database: Database, storage: Storage, fence: Fence, control: Control
+        self,
+        database: Database,
+        storage: Storage,
+        fence: Fence,
+        control: Control,
+        on_written: Callable[[], None] = lambda: None,
     ) -> None:
         self._database = database
         self._storage = storage
         self._fence = fence
         self._control = control
+        self._on_written = on_written
         self._gathering = threading.Lock()
         self._points: list[NewPoint] = []
         self._progress: Progress | None = None
@@ -95,26 +108,34 @@ class DatabaseSink:
 
     def save_checkpoint(self, checkpoint: TrainingCheckpoint) -> None:
         """Files first, then the row, together with the metrics that lead up to it: a resumed
-        attempt finds either both or none."""
-        key = f"jobs/{self._fence.job_id}/{self._fence.attempt}/{checkpoint.step}"
-        with (
-            full_disk_is_reported("a checkpoint"),
-            self._storage.writing(key, self._fence.owner) as folder,
-        ):
-            write_bundle(folder, self.describe(checkpoint), checkpoint.weights)
-            save_resume(folder / RESUME_FILE, checkpoint.resume)
+        attempt finds either both or none.
+
+        Raises:
+            Superseded: the job is no longer this attempt's.
+            TrainingError: `disk_full`; nothing of it is left.
+        """
+        key = self._new_key(checkpoint.step)
+        needed = num_tensor_bytes(checkpoint.weights) + num_tensor_bytes(checkpoint.resume)
+        with full_disk_is_reported("a checkpoint"):
+            check_free_disk(self._storage.root, needed, self.reserved_disk_bytes, "a checkpoint")
+            with self._storage.writing(key, self._fence.owner) as folder:
+                write_bundle(folder, self.describe(checkpoint), checkpoint.weights)
+                save_resume(folder / RESUME_FILE, checkpoint.resume)
         num_bytes = self._storage.num_bytes(key)
+        kinds: list[Literal["best", "last", "epoch"]] = ["last"]
+        if checkpoint.is_best:
+            kinds.append("best")
+        if checkpoint.is_kept:
+            kinds.append("epoch")
 
         def register(session: Session) -> list[str]:
-            if self._commit_unanswered and key in repository.registered_keys(
-                session, self._fence.job_id
-            ):
-                return []
+            if self._commit_unanswered and not repository.unnamed_keys(session, [key]):
+                return []  # The commit that was not answered had landed.
             self._write_gathered(session)
             repository.register_checkpoint(
                 session,
                 self._fence,
-                kinds=("best", "last") if checkpoint.is_best else ("last",),
+                kinds=kinds,
                 key=key,
                 epoch=checkpoint.epoch,
                 step=checkpoint.step,
@@ -127,11 +148,19 @@ class DatabaseSink:
         for unused in self.persist(register):
             self._storage.delete(unused)
 
+    def _new_key(self, step: int) -> str:
+        key = f"jobs/{self._fence.job_id}/{self._fence.attempt}/{step}"
+        # Ranks that began again within the attempt may come by the same step once more.
+        return f"{key}-{uuid.uuid4().hex[:8]}" if self._storage.path(key).exists() else key
+
     # Writing
 
     def flush(self) -> None:
-        """Writes what has gathered. Raises `Superseded`."""
-        self.persist(self._write_gathered)
+        """Writes what has gathered, if anything has. Raises `Superseded`."""
+        with self._gathering:
+            is_empty = not self._points and self._progress is None
+        if not is_empty:
+            self.persist(self._write_gathered)
 
     def finish(self, write: Callable[[Session], T]) -> T:
         """Writes what has gathered and, in the same transaction, what `write` does.
@@ -164,7 +193,9 @@ class DatabaseSink:
                     time.sleep(RETRY_SECONDS)
                 else:
                     self._forget_written()
-                    return result
+                    break
+        self._on_written()
+        return result
 
     def _write_gathered(self, session: Session) -> None:
         with self._gathering:
@@ -192,3 +223,15 @@ class DatabaseSink:
             except Superseded:
                 self._control.request = "cancel"  # There is nobody left to write for.
                 return
+
+
+def num_tensor_bytes(state: object) -> int:
+    """The size of all tensors in nested mappings and sequences. One that is in there twice counts
+    twice."""
+    if isinstance(state, torch.Tensor):
+        return state.numel() * state.element_size()
+    if isinstance(state, Mapping):
+        return sum(map(num_tensor_bytes, state.values()))
+    if isinstance(state, list | tuple):
+        return sum(map(num_tensor_bytes, state))
+    return 0

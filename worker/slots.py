@@ -1,157 +1,274 @@
-"""A worker's slots: how many jobs it runs at once, each under a supervisor of its own.
+"""A worker's slots: how many jobs it runs at once, and which GPUs each has to itself.
 
-`work` is what the bell calls: it claims from the database until nothing is left. A thread also
-calls it every other second, so that no message is ever needed, and shows the database that this
-worker is there.
+One thread takes jobs from the database for all slots: when the bell rings, when a slot becomes
+free, and every other second unasked, so that no message is ever needed. It also shows the database
+that this worker is there. Each job then has a thread of its own. How it is carried out is the
+executor's business: nothing here knows of processes.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
 from shared import lifecycle, locks, repository
 from shared.database import Database
-from shared.settings import Settings, cuda_is_present, num_cores, num_gpus
-from worker.supervisor import Supervisor
-from worker.trainer_process import TrainerProcess
+from shared.lifecycle import Capacity, Fence
+from shared.repository import WorkerFacts
+from shared.settings import Settings, num_cores, num_gpus
+from worker.devices import claimable_devices, list_devices
 
 log = structlog.get_logger(__name__)
 
-
-SETTLE_SECONDS = 10.0
-"""After a claim no warm trainer is started for so long: importing torch takes a core for seconds,
-which the job that has just begun can use better."""
 SHOW_SECONDS = 15.0
 """How often the worker shows itself: a time or two may fail before it counts as gone."""
+LEAVE_SHARE = 0.9
+"""Of the grace period, how much the jobs get to be given back; the rest is the worker's own."""
+
+
+class Executor(Protocol):
+    """Carries attempts out. `run` is called in a thread for each job, all else from one thread."""
+
+    def prepare(self) -> str:
+        """The id of a new owner, under which a job may be claimed."""
+
+    def put_back(self, owner: str, *, may_own: bool = False) -> None:
+        """The prepared owner got no job; or nobody knows, since the answer was lost (`may_own`)."""
+
+    def run(self, fence: Fence, gpus: Sequence[int], claimed_at: float) -> None:
+        """Carries out what was claimed for a prepared owner, to its end, and settles the job.
+
+        Args:
+            gpus: the numbers of the worker's GPUs that the attempt has to itself.
+            claimed_at: `time.monotonic()` from before the claim was sent.
+        """
+
+    def warm_up(self) -> None:
+        """Gets ready for jobs to come; called now and then, also while all slots are taken."""
+
+    def drain(self) -> None:
+        """Asks all that runs to give its job back."""
+
+    def close(self) -> None:
+        """Lets go of what is still there."""
+
+
+@dataclass(frozen=True)
+class _Assignment:
+    """What was claimed, and what of the worker it takes."""
+
+    fence: Fence
+    gpus: list[int]
+    claimed_at: float
 
 
 class Slots:
-    """`num_slots` jobs at once, the cores divided among them."""
+    """`num_slots` jobs at once, and the worker's GPUs shared out among them."""
 
-    def __init__(self, settings: Settings, database: Database, num_slots: int) -> None:
+    def __init__(
+        self, settings: Settings, database: Database, num_slots: int, executor: Executor
+    ) -> None:
         self._settings = settings
         self._database = database
-        self._free = threading.BoundedSemaphore(num_slots)
+        self._executor = executor
         self._num_slots = num_slots
-        self._num_threads = settings.cpu_threads or max(1, num_cores() // num_slots)
-        self._devices = claimable_devices(settings)
         self._num_gpus = num_gpus(settings)
+        self._devices = claimable_devices(settings)
         self._host = locks.host_name()
         self._worker_id = repository.new_id()
-        self._shown_at = -SHOW_SECONDS
-        self._warm: list[TrainerProcess] = []
-        self._claimed_at = -SETTLE_SECONDS
-        self._warm_lock = threading.Lock()
-        self._threads: set[threading.Thread] = set()
-        self.draining = threading.Event()
+        self._facts: WorkerFacts | None = None
+        self._look_seconds = min(settings.idle_look_seconds, SHOW_SECONDS)
+        self._thread = threading.Thread(target=self._loop, name="slots", daemon=True)
+        self._leave_at = 0.0
+        # What follows is guarded by the condition, which is notified of each change.
+        self._news = threading.Condition()
+        self._num_free = num_slots
+        self._free_gpus = list(range(self._num_gpus))
+        self._show_at = 0.0
+        self._is_rung = False
+        self._is_draining = False
+        self._is_closed = False
 
-    def work(self) -> None:
-        """Runs jobs until nothing is queued, this worker drains, or all slots are taken."""
-        while not self.draining.is_set() and self._free.acquire(blocking=False):
-            try:
-                if not self._run_next():
-                    return
-            except Exception as error:  # The database is away: the next look tries again.
-                log.warning("no job could be claimed", error=type(error).__name__)
+    # What others call
+
+    def start(self) -> None:
+        """Begins to take jobs."""
+        self._thread.start()
+
+    def ring(self) -> None:
+        """There may be work: looks at once. While no slot is free it waits for one, so that a busy
+        worker leaves further messages to others."""
+        with self._news:
+            self._news.wait_for(lambda: self._num_free or self._is_draining)
+            self._is_rung = True
+            self._news.notify_all()
+
+    def drain(self) -> None:
+        """Takes no more jobs; running ones write a checkpoint and are given back."""
+        with self._news:
+            if self._is_draining:
                 return
-            finally:
-                self._free.release()
+            self._is_draining = True
+            self._leave_at = time.monotonic() + LEAVE_SHARE * self._settings.grace_seconds
+            self._show_at = 0.0
+            self._news.notify_all()
+        self._executor.drain()
 
-    def _run_next(self) -> bool:
-        """Claims a job and runs it to its end; False when there is none."""
+    def close(self) -> None:
+        """Waits until the running jobs are given back, within the grace period since `drain`, and
+        leaves."""
+        self.drain()
+        with self._news:
+            self._news.wait_for(lambda: self._num_free == self._num_slots, self._seconds_left())
+            self._is_closed = True
+            self._news.notify_all()
+        if self._thread.is_alive():
+            self._thread.join(self._seconds_left())
+        self._executor.close()
+
+    def _seconds_left(self) -> float:
+        return max(0.5, self._leave_at - time.monotonic())
+
+    # The thread that takes jobs
+
+    def _loop(self) -> None:
+        while not self._is_closed:
+            try:
+                self._look()
+            except Exception as error:  # The database is away: the next look tries again.
+                log.warning("no job could be taken", error=type(error).__name__)
+            with self._news:
+                self._news.wait_for(self._is_called, self._look_seconds)
+        self._hide()
+
+    def _is_called(self) -> bool:
+        is_wanted = self._is_rung and self._can_take()
+        return is_wanted or time.monotonic() >= self._show_at or self._is_closed
+
+    def _can_take(self) -> bool:
+        return self._num_free > 0 and not self._is_draining
+
+    def _look(self) -> None:
+        """Fills the free slots, as far as there is work."""
+        self._show()
+        self._executor.warm_up()
+        with self._news:
+            if not self._can_take():
+                return
+            is_rung, self._is_rung = self._is_rung, False
+        # Unasked, only a read: that many idle workers do this costs the database nothing.
+        if is_rung or self._is_work():
+            while self._take():
+                pass
+
+    def _is_work(self) -> bool:
         with self._database.read_scope() as session:
-            if repository.num_queued(session, self._devices, self._num_gpus) == 0:
+            return repository.is_work_for(session, self._capacity())
+
+    def _capacity(self) -> Capacity:
+        with self._news:
+            return Capacity(self._devices, self._num_gpus, len(self._free_gpus))
+
+    def _take(self) -> bool:
+        """Claims a job and begins it; False when there is none, or no slot is free."""
+        with self._news:
+            if not self._can_take():
                 return False
-        trainer = self._take_trainer()
-        claimed_at = time.monotonic()
+        owner = self._executor.prepare()
         try:
-            with self._database.session_scope() as session:
-                fence = lifecycle.claim(
-                    session,
-                    trainer.owner,
-                    self._host,
-                    self._settings.lease_seconds,
-                    self._devices,
-                    self._num_gpus,
-                )
-        except BaseException:
-            # Should the claim have landed, the lock file, now free, tells a reaper.
-            trainer.close(keep_lock_file=True)
+            assignment = self._claim(owner)
+        except BaseException:  # The claim may have landed all the same.
+            self._executor.put_back(owner, may_own=True)
             raise
-        if fence is None:
-            self._put_back(trainer)
+        if assignment is None:
+            self._executor.put_back(owner)
             return False
-        self._claimed_at = claimed_at
-        Supervisor(self._settings, self._database, trainer, fence, claimed_at, self.draining).run()
+        self._begin(assignment)
         return True
 
-    def _take_trainer(self) -> TrainerProcess:
-        with self._warm_lock:
-            while self._warm:
-                trainer = self._warm.pop(0)
-                if trainer.is_alive:
-                    return trainer
-                trainer.close()
-        return TrainerProcess(self._settings, self._num_threads)
+    def _claim(self, owner: str) -> _Assignment | None:
+        capacity = self._capacity()
+        claimed_at = time.monotonic()
+        lease_seconds = self._settings.lease_seconds
+        with self._database.session_scope() as session:
+            claim = lifecycle.claim(
+                session, owner, self._host, lease_seconds, capacity, self._worker_id
+            )
+            if claim is None:
+                return None
+            # Only this thread takes GPUs: those that were free still are.
+            gpus = sorted(self._free_gpus)[: claim.num_gpus]
+            if gpus:
+                lifecycle.note_gpus(session, claim.fence, gpus)
+        return _Assignment(claim.fence, gpus, claimed_at)
 
-    def _put_back(self, trainer: TrainerProcess) -> None:
-        with self._warm_lock:
-            if len(self._warm) < self._settings.warm_trainers and not self.draining.is_set():
-                self._warm.append(trainer)
-                return
-        trainer.close()
+    def _begin(self, assignment: _Assignment) -> None:
+        with self._news:
+            self._num_free -= 1
+            self._free_gpus = [gpu for gpu in self._free_gpus if gpu not in assignment.gpus]
+        thread = threading.Thread(
+            target=self._carry_out, args=(assignment,), name="slot", daemon=True
+        )
+        try:
+            thread.start()
+        except RuntimeError:  # There can be no more threads: a reaper gives the job back.
+            self._free(assignment, look=False)
+            self._executor.put_back(assignment.fence.owner, may_own=True)
+            raise
 
-    def _warm_up(self) -> None:
-        """Keeps trainers ready for jobs to come, at most one for each slot."""
-        if time.monotonic() - self._claimed_at < SETTLE_SECONDS:
-            return
-        with self._warm_lock:
-            wanted = min(self._settings.warm_trainers, self._num_slots)
-            while len(self._warm) < wanted and not self.draining.is_set():
-                try:
-                    self._warm.append(TrainerProcess(self._settings, self._num_threads))
-                except OSError as error:  # Jobs start without one, if later.
-                    log.warning("no trainer could be warmed", error=str(error))
-                    return
+    def _carry_out(self, assignment: _Assignment) -> None:
+        is_done = False
+        try:
+            self._executor.run(assignment.fence, assignment.gpus, assignment.claimed_at)
+            is_done = True
+        except Exception as error:
+            log.error(
+                "an attempt could not be carried out",
+                job_id=assignment.fence.job_id,
+                error=f"{type(error).__name__}: {error}",
+            )
+        finally:  # After a failure the next look is soon enough.
+            self._free(assignment, look=is_done)
 
-    def look_forever(self) -> None:
-        """Starts the thread that looks at the queue whenever a slot is idle, keeps trainers warm,
-        and shows that this worker is there."""
-        self._spawn(self._look_loop, "idle-look")
+    def _free(self, assignment: _Assignment, *, look: bool) -> None:
+        with self._news:
+            self._num_free += 1
+            self._free_gpus += assignment.gpus
+            self._is_rung |= look
+            self._news.notify_all()
 
-    def _look_loop(self) -> None:
-        self._show()
-        self._warm_up()
-        while not self.draining.wait(min(self._settings.idle_look_seconds, SHOW_SECONDS)):
-            try:
-                self._show()
-                self._warm_up()
-                with self._database.read_scope() as session:
-                    num_queued = repository.num_queued(session, self._devices, self._num_gpus)
-                for _ in range(min(num_queued, self._num_slots)):
-                    self._spawn(self.work, "slot")
-            except Exception as error:
-                log.warning("the queue could not be read", error=type(error).__name__)
+    # How the database knows of this worker
 
     def _show(self) -> None:
-        """Tells the database that this worker is there and what it has, when it is time."""
+        """Tells that this worker is there and what it has, when it is time."""
         now = time.monotonic()
-        if now - self._shown_at < SHOW_SECONDS:
-            return
+        with self._news:
+            if now < self._show_at:
+                return
+            self._show_at = now + SHOW_SECONDS
+            is_draining = self._is_draining
+        if self._facts is None:
+            self._facts = WorkerFacts(
+                self._host,
+                self._num_gpus,
+                num_cores(),
+                self._num_slots,
+                list_devices(self._settings),
+            )
+        facts = replace(self._facts, is_draining=is_draining)
         try:
             with self._database.session_scope() as session:
-                repository.see_worker(
-                    session, self._worker_id, self._host, self._num_gpus, num_cores()
-                )
-        except SQLAlchemyError as error:  # The next look tries again.
+                repository.see_worker(session, self._worker_id, facts)
+        except SQLAlchemyError as error:
             log.warning("the worker could not be shown", error=type(error).__name__)
-        else:
-            self._shown_at = now
+            with self._news:  # A drain that has begun meanwhile is shown first.
+                self._show_at = min(self._show_at, now + self._look_seconds)
 
     def _hide(self) -> None:
         try:
@@ -159,32 +276,3 @@ class Slots:
                 repository.forget_worker(session, self._worker_id)
         except SQLAlchemyError as error:  # It counts as gone within a minute all the same.
             log.warning("the worker could not be hidden", error=type(error).__name__)
-
-    def _spawn(self, target: Callable[[], None], name: str) -> None:
-        self._threads = {thread for thread in self._threads if thread.is_alive()}
-        thread = threading.Thread(target=target, name=name, daemon=True)
-        self._threads.add(thread)
-        thread.start()
-
-    def drain(self) -> None:
-        """Takes no more jobs; running ones write a checkpoint and are given back."""
-        self.draining.set()
-
-    def close(self) -> None:
-        """Waits for the running jobs to be given back, ends the warm trainers and leaves."""
-        self.drain()
-        deadline = time.monotonic() + self._settings.grace_seconds
-        for thread in list(self._threads):
-            thread.join(timeout=max(0.1, deadline - time.monotonic()))
-        with self._warm_lock:
-            while self._warm:
-                self._warm.pop().close()
-        self._hide()
-
-
-def claimable_devices(settings: Settings) -> tuple[str, ...]:
-    """The values of `resources.device` that this worker takes on. Looks without torch, which the
-    worker's main process does not import."""
-    if settings.device == "cpu" or not cuda_is_present():
-        return ("auto", "cpu")
-    return ("auto", "cpu", "cuda") if settings.device == "auto" else ("auto", "cuda")

@@ -1,23 +1,27 @@
-"""Watches over one attempt: keeps its lease, passes requests on to the trainer, and settles the
-job when the trainer ended without doing so itself. Knows nothing of torch."""
+"""Watches over one attempt: keeps its lease, passes requests on to the trainer, brings what that
+prints into the database, and settles the job when the trainer ended without doing so itself. Knows
+nothing of torch."""
 
 from __future__ import annotations
 
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from datetime import datetime
 
 import structlog
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from shared import lifecycle, repository
 from shared.database import Database
+from shared.hints import Hints
 from shared.lifecycle import Fence, Superseded
 from shared.repository import Orders
 from shared.settings import Settings
 from skipline.schemas import JobStatus
+from worker.logs import LogShipper
 from worker.trainer_process import Order, TrainerProcess
 
 log = structlog.get_logger(__name__)
@@ -28,11 +32,22 @@ SAFETY_SECONDS = 5.0
 LEAVING_SECONDS = 5.0
 """A trainer that has written its last word gets so long to exit by itself."""
 
+ORDERS: dict[JobStatus, Order] = {
+    JobStatus.stopping: "stop",
+    JobStatus.pausing: "release",
+    JobStatus.cancelling: "cancel",
+}
+"""What a trainer is told when its job is in such a state."""
+
+STRENGTH: tuple[Order | None, ...] = (None, "stop", "release", "cancel")
+"""A stronger order takes the place of a weaker one."""
+
 
 class Supervisor:
     """Runs one attempt to its end.
 
     Args:
+        gpus: the numbers of the worker's GPUs that the attempt has to itself.
         claimed_at: `time.monotonic()` from before the claim was sent: the lease is at least as
             old as that.
         draining: set when the worker is asked to leave.
@@ -42,15 +57,19 @@ class Supervisor:
         self,
         settings: Settings,
         database: Database,
+        hints: Hints,
         trainer: TrainerProcess,
         fence: Fence,
+        gpus: Sequence[int],
         claimed_at: float,
         draining: threading.Event,
     ) -> None:
         self._settings = settings
         self._database = database
+        self._hints = hints
         self._trainer = trainer
         self._fence = fence
+        self._gpus = gpus
         self._renewed_at = claimed_at
         self._draining = draining
         self._order: Order | None = None
@@ -62,19 +81,45 @@ class Supervisor:
         self._log = log.bind(job_id=fence.job_id, attempt=fence.attempt)
 
     def run(self) -> None:
-        """Returns when the trainer is gone and the job settled, or left to the reaper."""
+        """Returns when the trainer is gone and the job settled, or left to the reaper.
+
+        Raises:
+            OSError: no trainer could be started; the job was given back.
+        """
+        try:
+            self._trainer.begin(self._fence, self._gpus)
+        except OSError:
+            self._give_back()
+            self._trainer.close()
+            raise
         self._log.info("attempt started", pid=self._trainer.pid)
+        self._hints.publish(self._fence.job_id)
+        shipper = LogShipper(
+            self._database, self._fence, self._trainer.log_path, self._settings.max_log_bytes
+        )
         self._arm_watchdog()
         try:
-            self._trainer.begin(self._fence)
             while (code := self._trainer.wait(self._settings.control_seconds)) is None:
-                if not self._look():
+                if not self._look(shipper):
                     self._trainer.signal(signal.SIGKILL)
                     return
+            shipper.ship_rest()
             self._settle(code)
         finally:
             self._watchdog.cancel()
             self._trainer.close()
+            shipper.ship_rest()
+            self._hints.publish(self._fence.job_id)
+
+    def _give_back(self) -> None:
+        """As far as that is possible: otherwise a reaper does it, once the lock is free."""
+        reason = "The worker could not start a trainer"
+        try:
+            with self._database.session_scope() as session:
+                lifecycle.release(session, self._fence, reason)
+        except (SQLAlchemyError, Superseded) as error:
+            self._log.warning("the job could not be given back", error=type(error).__name__)
+        self._hints.publish(self._fence.job_id)
 
     def _arm_watchdog(self) -> None:
         """Ends the trainer before its lease can have run out, also while this thread waits for a
@@ -90,24 +135,25 @@ class Supervisor:
         self._log.error("the lease could not be renewed: the trainer is ended")
         self._trainer.signal(signal.SIGKILL)
 
-    def _look(self) -> bool:
+    def _look(self, shipper: LogShipper) -> bool:
         """One round of watching; False when the trainer must end at once."""
         if self._draining.is_set():
             self._give_order("release")
         try:
             orders = self._read_and_renew()
-        except DBAPIError as error:
+        except SQLAlchemyError as error:
             self._log.warning("the database is away", error=type(error).__name__)
             return True
         if orders is None:  # The trainer just ended the attempt itself, or was replaced.
             if self._trainer.wait(LEAVING_SECONDS) is None:
                 self._log.warning("the job was given to another worker: the trainer is ended")
             return False
-        if orders.status is JobStatus.cancelling:
-            self._give_order("cancel")
+        if orders.status in ORDERS:
+            self._give_order(ORDERS[orders.status])
+        shipper.ship()
         try:
             return self._watch_progress(orders)
-        except (DBAPIError, Superseded):  # The next round sees which.
+        except (SQLAlchemyError, Superseded):  # The next round sees which.
             return True
 
     def _lease_end(self) -> float:
@@ -125,18 +171,18 @@ class Supervisor:
             return repository.read_orders(session, self._fence)
 
     def _give_order(self, order: Order) -> None:
-        """Asks; then TERM, then KILL, all within the grace period."""
+        """Asks; then TERM, then KILL, all within the grace period of the strongest order so far.
+        Who stops may take the time that a report takes."""
         now = time.monotonic()
-        if self._order is None:
+        if STRENGTH.index(order) > STRENGTH.index(self._order):
             self._order, self._ordered_at = order, now
             self._trainer.order(order)
-        elif self._order == "release" and order == "cancel":
-            self._order = order
-            self._trainer.order(order)
+        if self._order == "stop":
+            return
         waited = now - self._ordered_at
-        if waited > 0.9 * self._settings.grace_seconds:
+        if waited > 0.8 * self._settings.grace_seconds:
             self._trainer.signal(signal.SIGKILL)
-        elif waited > 0.8 * self._settings.grace_seconds:
+        elif waited > 0.7 * self._settings.grace_seconds:
             self._trainer.signal(signal.SIGTERM)
 
     def _watch_progress(self, orders: Orders) -> bool:
@@ -166,7 +212,7 @@ class Supervisor:
     def _settle(self, code: int) -> None:
         """The trainer has ended: if it did not say how, say it for it."""
         patience_ends = self._lease_end()
-        if self._order is not None:
+        if self._order in ("release", "cancel"):
             patience_ends = min(patience_ends, self._ordered_at + self._settings.grace_seconds)
         while True:
             try:
@@ -177,7 +223,7 @@ class Supervisor:
                         return
                     if orders.status is JobStatus.cancelling:
                         lifecycle.finish(session, self._fence, JobStatus.cancelled)
-                    elif self._order == "release":
+                    elif self._draining.is_set():
                         reason = "The worker left before a checkpoint was written"
                         lifecycle.release(session, self._fence, reason)
                     else:
@@ -185,7 +231,7 @@ class Supervisor:
                 return
             except Superseded:
                 return
-            except DBAPIError as error:
+            except SQLAlchemyError as error:
                 self._log.warning("the database is away", error=type(error).__name__)
             if time.monotonic() > patience_ends:
                 break

@@ -13,4 +13,4 @@ def register(app: Celery, slots: Slots) -> None:
 
     @app.task(name=WORK)  # type: ignore[untyped-decorator]
     def work() -> None:
-        slots.work()
+        slots.ring()

@@ -12,7 +12,18 @@ import typer
 from typer.core import TyperGroup
 
 from skipline import server_commands
-from skipline.cli import datasets, demo, evaluate, jobs, metrics, predict, recipes, summary, train
+from skipline.cli import (
+    datasets,
+    demo,
+    evaluate,
+    jobs,
+    metrics,
+    predict,
+    recipes,
+    summary,
+    train,
+    workers,
+)
 from skipline.cli.output import exit_code, print_error
 from skipline.client import SkiplineError
 
@@ -57,6 +68,7 @@ def _options(
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.add_typer(jobs.app, name="jobs")
+app.command("workers")(workers.workers)
 app.command("metrics")(metrics.metrics)
 app.command("summary")(summary.summary)
 app.command("recipes")(recipes.recipes)

@@ -21,15 +21,18 @@ def evaluate(
         str | None, typer.Option(help="train, val or test; by default test, else val.")
     ] = None,
     assignments: spec_input.SetOption = None,
+    after: spec_input.AfterOption = None,
+    priority: spec_input.PriorityOption = None,
     watch: Annotated[
         bool, typer.Option("--watch/--no-watch", help="Stay and print the report.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Evaluate a trained model on a split of a dataset."""
+    """Evaluate a trained model, or with --after one that is still trained, on a split of a
+    dataset."""
     document: dict[str, Any] = {"kind": "evaluate", "model": model, "dataset": dataset}
-    if split is not None:
-        document["split"] = split
+    options = {"split": split, "after": after, "priority": priority}
+    document.update({key: value for key, value in options.items() if value is not None})
     spec_input.assign(document, assignments or [])
     spec_input.check(document)
     with Skipline() as client:

@@ -1,36 +1,33 @@
-"""`skipline jobs ls | show | watch | cancel`."""
+"""`skipline jobs ls | show | watch | logs | cancel | pause | resume | stop | retry | rm`."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Callable
+from typing import Annotated
 
 import typer
-import yaml
 from rich.text import Text
 
+from skipline.cli.job_page import NUM_EVENTS_SHOWN, render_job
 from skipline.cli.output import (
     JsonOption,
     format_age,
-    format_bytes,
-    format_duration,
     format_kind,
-    format_percent,
-    format_result,
     format_status,
-    make_grid,
+    format_wait,
     make_table,
+    print_error,
     print_json,
+    stderr,
     stdout,
 )
 from skipline.cli.report import render_report
-from skipline.cli.watch import watch_to_exit
-from skipline.client import Skipline
-from skipline.schemas import Checkpoint, Event, Job, JobKind, JobStatus, Page
+from skipline.cli.watch import announce, watch_to_exit
+from skipline.client import ServerUnreachable, Skipline, SkiplineError
+from skipline.schemas import Job, JobKind, JobStatus, Page
 
 app = typer.Typer(help="See and steer jobs.", invoke_without_command=True)
 
-NUM_EVENTS_SHOWN = 8
-LEVEL_STYLES = {"warning": "yellow", "error": "red"}
 JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="The job's id.")]
 
 
@@ -38,6 +35,9 @@ JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="The job's id.")
 def _ls_by_default(context: typer.Context) -> None:
     if context.invoked_subcommand is None:
         ls()
+
+
+# See.
 
 
 @app.command()
@@ -72,8 +72,12 @@ def ls(
 
 
 def _progress(job: Job) -> str:
+    """How much is done; of a queued job, its place and when its turn is expected."""
     if job.status is JobStatus.queued and job.queue_position is not None:
-        return f"no. {job.queue_position}"
+        start = job.estimated_start_at
+        return f"no. {job.queue_position}" + ("" if start is None else f", {format_wait(start)}")
+    if job.status is JobStatus.queued and job.spec.get("after"):
+        return "waits"
     if job.progress is None or not job.progress.num_steps:
         return ""
     return f"{job.progress.step / job.progress.num_steps:.0%}".replace("%", " %")
@@ -106,90 +110,130 @@ def show(
         if as_json:
             print_json(job)
             return
+        attempts = client.attempts(job_id) if job.attempt else []
         checkpoints = client.checkpoints(job_id) if job.kind is JobKind.train else []
         events = client.events(job_id)
-    _print_job(job, checkpoints, events[-NUM_EVENTS_SHOWN:])
-
-
-def _print_job(job: Job, checkpoints: list[Checkpoint], events: list[Event]) -> None:
-    console = stdout()
-    grid = make_grid()
-    grid.add_row("job", Text(job.id, style="bold"))
-    if job.name:
-        grid.add_row("name", job.name)
-    grid.add_row("kind", format_kind(job.kind))
-    status = format_status(job.status)
-    if job.queue_position is not None:
-        status.append(f"  no. {job.queue_position} in the queue", style="dim")
-    grid.add_row("status", status)
-    grid.add_row("attempt", str(job.attempt))
-    grid.add_row("created", format_age(job.created_at))
-    if job.started_at and job.finished_at:
-        grid.add_row("took", format_duration((job.finished_at - job.started_at).total_seconds()))
-    elif job.started_at:
-        grid.add_row("started", format_age(job.started_at))
-    if progress := job.progress:
-        steps = f"step {progress.step:,} of {progress.num_steps:,}"
-        grid.add_row("progress", f"{steps}, epoch {progress.epoch} of {progress.num_epochs}")
-    if job.error:
-        grid.add_row("error", Text(f"{job.error.code}: {job.error.message}", style="red"))
-        grid.add_row("hint", job.error.hint)
-    for key, value in (job.result or {}).items():
-        grid.add_row(key.replace("_", " "), format_result(key, value))
-    grid.add_row("spec", _spec_text(job.spec))
-    console.print(grid)
-    if checkpoints:
-        console.print()
-        console.print(_checkpoint_table(checkpoints))
-    if events:
-        console.print()
-        console.print(_event_table(events))
-
-
-def _event_table(events: list[Event]) -> Any:
-    table = make_table("when", "what", "~message")
-    for event in events:
-        table.add_row(
-            format_age(event.time),
-            Text(event.type, style=LEVEL_STYLES.get(event.level, "")),
-            event.message,
-        )
-    return table
-
-
-def _spec_text(spec: dict[str, Any]) -> str:
-    given = {key: value for key, value in spec.items() if key not in ("kind", "name")}
-    return yaml.safe_dump(given, sort_keys=False, default_flow_style=None, width=1000).rstrip()
-
-
-def _checkpoint_table(checkpoints: list[Checkpoint]) -> Any:
-    table = make_table("checkpoint", "kind", ">epoch", ">step", ">top-1", ">size")
-    for checkpoint in checkpoints:
-        top1 = checkpoint.metrics.get("val_top1")
-        table.add_row(
-            checkpoint.id,
-            checkpoint.kind,
-            str(checkpoint.epoch),
-            f"{checkpoint.step:,}",
-            "-" if top1 is None else format_percent(top1),
-            format_bytes(checkpoint.num_bytes),
-        )
-    return table
+    stdout().print(render_job(job, attempts, checkpoints, events[-NUM_EVENTS_SHOWN:]))
 
 
 @app.command()
 def watch(job_id: JobArgument, as_json: JsonOption = False) -> None:
-    """Watch a job until its end; exit 1 unless it succeeds."""
+    """Watch a job until its end; exit 1 unless it succeeds. A pause ends the watch too, but not
+    with --json, which follows the stream."""
     with Skipline() as client:
         watch_to_exit(client, client.job(job_id), as_json)
 
 
 @app.command()
+def logs(
+    job_id: JobArgument,
+    attempt: Annotated[
+        int | None, typer.Option(min=1, help="Of this attempt; by default of the last.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Print what a job's trainer printed."""
+    with Skipline() as client:
+        text = client.logs(job_id, attempt)
+    if as_json:
+        print_json({"job_id": job_id, "attempt": attempt, "text": text})
+    elif text:
+        typer.echo(text, nl=not text.endswith("\n"))
+    else:
+        stderr().print("Its trainer has printed nothing.")
+
+
+# Steer.
+
+
+@app.command()
 def cancel(job_id: JobArgument, as_json: JsonOption = False) -> None:
     """Ask a job to end and give up its result."""
+    _act(Skipline.cancel, job_id, as_json)
+
+
+@app.command()
+def pause(job_id: JobArgument, as_json: JsonOption = False) -> None:
+    """Ask a running job to keep its state and leave its worker."""
+    _act(Skipline.pause, job_id, as_json, "Resume", f"skipline jobs resume {job_id}")
+
+
+@app.command()
+def resume(job_id: JobArgument, as_json: JsonOption = False) -> None:
+    """Queue a paused job again; it goes on where it was."""
+    _act(Skipline.resume, job_id, as_json, "Watch", f"skipline jobs watch {job_id}")
+
+
+@app.command()
+def stop(job_id: JobArgument, as_json: JsonOption = False) -> None:
+    """Ask a running training to end early and keep its result."""
+    _act(Skipline.stop, job_id, as_json, "Watch", f"skipline jobs watch {job_id}")
+
+
+def _act(
+    ask: Callable[[Skipline, str], Job],
+    job_id: str,
+    as_json: bool,
+    what_next: str = "",
+    command: str = "",
+) -> None:
     with Skipline() as client:
-        job = client.cancel(job_id)
+        job = ask(client, job_id)
     if as_json:
         print_json(job)
+        return
+    console = stdout()
+    console.print(Text.assemble(f"Job {job.id} is ", format_status(job.status), "."))
+    if command:
+        console.print(f"{what_next} it:  {command}", style="dim", soft_wrap=True)
+
+
+@app.command()
+def retry(
+    job_id: JobArgument,
+    from_start: Annotated[
+        bool, typer.Option("--from-start", help="Afresh, not from its last checkpoint.")
+    ] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch/--no-watch", help="Stay and show the progress.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Do a failed or cancelled job again, as a new job, from its last checkpoint."""
+    with Skipline() as client:
+        job = client.retry(job_id, from_start=from_start)
+        if watch:
+            watch_to_exit(client, job, as_json)
+        else:
+            announce(job, as_json)
+
+
+@app.command()
+def rm(
+    job_ids: Annotated[list[str], typer.Argument(metavar="JOB…", help="The jobs' ids.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Delete jobs that nobody works at, with their metrics, logs and checkpoints. Exit 1 when one
+    of them was refused."""
+    deleted: list[str] = []
+    refused: list[tuple[str, SkiplineError]] = []
+    with Skipline() as client:
+        for job_id in job_ids:
+            try:
+                client.delete(job_id)
+            except ServerUnreachable:
+                raise
+            except SkiplineError as error:
+                refused.append((job_id, error))
+            else:
+                deleted.append(job_id)
+    if as_json:
+        told = [{"id": name, "code": why.code, "detail": why.detail} for name, why in refused]
+        print_json({"deleted": deleted, "refused": told})
     else:
-        stdout().print(Text.assemble(f"Job {job.id} is ", format_status(job.status), "."))
+        for job_id in deleted:
+            stdout().print(f"Job {job_id} is deleted.")
+        for job_id, why in refused:
+            print_error(why, subject=f"{job_id}: ")
+    if refused:
+        raise typer.Exit(1)

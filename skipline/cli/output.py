@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -28,6 +29,18 @@ STATUS_STYLES = {
     JobStatus.failed: "bold red",
     JobStatus.cancelled: "yellow",
 }
+STOP_REASONS = {
+    "user": "ended early, as asked",
+    "early_stopping": "ended early, since it did not improve any more",
+    "time_budget": "ended early, with its time used up",
+}
+UNITS = (
+    ("s", 1, 60),
+    ("min", 60, 3600),
+    ("h", 3600, 86_400),
+    ("day", 86_400, math.inf),
+)
+"""Each with its length in seconds, and the span from which on it is not used."""
 WIDTH_OF_PIPES = 200
 """Columns of a table that is not shown on a terminal: wide enough to cut nothing."""
 
@@ -86,9 +99,10 @@ def print_sentence(console: Console, text: str | Text, style: str = "") -> None:
     console.print(text, style=style, soft_wrap=not console.is_terminal)
 
 
-def print_error(error: SkiplineError) -> None:
+def print_error(error: SkiplineError, subject: str = "") -> None:
+    """`subject` tells what it is about, where that could be several things."""
     console = stderr()
-    print_sentence(console, Text.assemble(("error: ", "bold red"), error.detail))
+    print_sentence(console, Text.assemble(("error: ", "bold red"), subject, error.detail))
     grid = make_grid()
     for item in error.errors:
         grid.add_row(f"  {item.loc}", item.message)
@@ -110,6 +124,23 @@ def exit_unless_succeeded(job: Job) -> None:
 
 def format_status(status: JobStatus) -> Text:
     return Text(status.value, style=STATUS_STYLES.get(status, "magenta"))
+
+
+def format_place(job: Job) -> str:
+    """What a queued job waits for: `no. 2 in the queue`, `waits for job 0a1b`. Empty for any
+    other job."""
+    if job.status is not JobStatus.queued:
+        return ""
+    if job.queue_position is not None:
+        return f"no. {job.queue_position} in the queue"
+    predecessor = job.spec.get("after")
+    return f"waits for job {predecessor}" if predecessor else ""
+
+
+def format_start(job: Job) -> str:
+    """`starts in 4 min`, for a queued job whose turn can be told; else empty."""
+    start = job.estimated_start_at
+    return "" if start is None else f"starts {format_wait(start)}"
 
 
 def format_kind(kind: JobKind) -> str:
@@ -138,11 +169,23 @@ def format_age(time: datetime, now: datetime | None = None) -> str:
     seconds = ((now or datetime.now(UTC)) - time).total_seconds()
     if seconds < 10:
         return "just now"
-    for unit, length, limit in (("s", 1, 60), ("min", 60, 3600), ("h", 3600, 86_400)):
-        if seconds < limit:
-            return f"{seconds // length:.0f} {unit} ago"
-    days = int(seconds // 86_400)
-    return f"{days} day{'s' * (days > 1)} ago" if days < 30 else f"{time:%Y-%m-%d}"
+    return f"{_in_one_unit(seconds)} ago" if seconds < 30 * 86_400 else f"{time:%Y-%m-%d}"
+
+
+def format_wait(time: datetime, now: datetime | None = None) -> str:
+    """`any moment`, also for what should have been; `in 40 s`, `in 4 min`, `in 3 days`."""
+    seconds = (time - (now or datetime.now(UTC))).total_seconds()
+    if seconds < 10:
+        return "any moment"
+    half = next(length / 2 for _, length, limit in UNITS if seconds < limit)
+    return f"in {_in_one_unit(seconds + half)}"
+
+
+def _in_one_unit(seconds: float) -> str:
+    """Rounded down."""
+    unit, length = next((unit, length) for unit, length, limit in UNITS if seconds < limit)
+    count = int(seconds // length)
+    return f"{count} {unit}{'s' * (unit == 'day' and count > 1)}"
 
 
 def format_bytes(count: int) -> str:

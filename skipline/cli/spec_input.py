@@ -27,6 +27,14 @@ SpecOption = Annotated[
     Path | None,
     typer.Option("--spec", exists=True, dir_okay=False, help="A spec as YAML or JSON."),
 ]
+AfterOption = Annotated[
+    str | None,
+    typer.Option("--after", metavar="JOB", help="Wait until this job has succeeded."),
+]
+PriorityOption = Annotated[
+    int | None,
+    typer.Option("--priority", help="From -10 to 10; higher ones run first, 0 by default."),
+]
 
 
 class _Loader(yaml.SafeLoader):

@@ -27,6 +27,8 @@ def train(
     name: Annotated[str | None, typer.Option(help="A name to find the job by.")] = None,
     spec: spec_input.SpecOption = None,
     assignments: spec_input.SetOption = None,
+    after: spec_input.AfterOption = None,
+    priority: spec_input.PriorityOption = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Measure what it would cost, instead of training.")
     ] = False,
@@ -39,7 +41,14 @@ def train(
     document = {"kind": "train", **spec_input.read_spec_file(spec)}
     if document["kind"] != "train":
         raise typer.BadParameter(f"{spec} is not the spec of a training")
-    options = {"recipe": recipe, "dataset": dataset, "epochs": epochs, "name": name}
+    options = {
+        "recipe": recipe,
+        "dataset": dataset,
+        "epochs": epochs,
+        "name": name,
+        "after": after,
+        "priority": priority,
+    }
     document.update({key: value for key, value in options.items() if value is not None})
     if arch is not None:
         spec_input.assign(document, [f"model.arch={arch}"])

@@ -7,7 +7,7 @@ between two points too; a server that is away for a while is waited for.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
 from types import TracebackType
@@ -20,12 +20,15 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn
 from rich.text import Text
 
 from skipline.cli.output import (
+    STOP_REASONS,
     exit_unless_succeeded,
     format_duration,
     format_kind,
     format_metric,
     format_percent,
+    format_place,
     format_result,
+    format_start,
     format_status,
     make_grid,
     print_json,
@@ -47,6 +50,7 @@ from skipline.schemas import (
 LOOK_SECONDS = 0.5
 EXIT_DETACHED = 130
 EPOCH_METRICS = ("train_loss", "train_top1", "val_loss", "val_top1")
+OUTCOME_MARKS = {JobStatus.succeeded: ("✓ ", "green"), JobStatus.paused: ("· ", "magenta")}
 
 
 @dataclass
@@ -59,7 +63,7 @@ class Update:
 
 
 def look(client: Skipline, job: Job) -> Iterator[Update]:
-    """The job and its new points again and again, until nothing will follow."""
+    """The job and its new points again and again, until nothing will follow, or it is paused."""
     patience = Patience(client.patience)
     after: str | None = None
     while True:
@@ -76,25 +80,39 @@ def look(client: Skipline, job: Job) -> Iterator[Update]:
             continue
         patience.reset()
         yield Update(job, sorted(points, key=lambda item: (item[1].step, item[0])))
-        if job.status.is_terminal:
+        if _is_over(job):
             return
         time.sleep(LOOK_SECONDS)
 
 
+def _is_over(job: Job) -> bool:
+    """Also with a pause: how long that takes, nobody knows."""
+    return job.status.is_terminal or job.status is JobStatus.paused
+
+
 @dataclass
 class Curves:
-    """What the points said so far: the latest value of each series, and the epochs."""
+    """What the points said so far: the latest value of each series, and the epochs. Where a series
+    goes back, a new attempt began from an earlier checkpoint: what came later is void."""
 
     latest: dict[str, float] = field(default_factory=dict)
     epochs: dict[int, dict[str, float]] = field(default_factory=dict)
+    _steps: dict[str, int] = field(default_factory=dict)
 
     def add(self, name: str, point: MetricPoint) -> int | None:
         """Takes a point in; returns its epoch if that is now validated."""
+        if point.step <= self._steps.get(name, -1):
+            self._go_back(point)
+        self._steps[name] = point.step
         self.latest[name] = point.value
         epoch = self.epochs.setdefault(point.epoch, {})
         new = name in ("val_loss", "val_top1")
         epoch[name] = point.value
         return point.epoch if new and {"val_loss", "val_top1"} <= epoch.keys() else None
+
+    def _go_back(self, point: MetricPoint) -> None:
+        self._steps = {name: min(step, point.step - 1) for name, step in self._steps.items()}
+        self.epochs = {e: row for e, row in self.epochs.items() if e < point.epoch}
 
     @property
     def best(self) -> tuple[float, int] | None:
@@ -127,6 +145,7 @@ class PlainView:
         self.curves = Curves()
         self._console = console
         self._said: set[str] = set()
+        self._attempt = 0
         self._tenth = 0
 
     def __enter__(self) -> Self:
@@ -146,8 +165,13 @@ class PlainView:
             self._say_once(f"the server is away ({update.away}); trying again")
             return
         progress = job.progress
-        if not job.status.is_terminal and not (job.status is JobStatus.running and progress):
+        if _is_over(job):
+            pass  # The outcome says it.
+        elif not (job.status is JobStatus.running and progress):
             self._say_once(_situation(job))
+        elif job.attempt > self._attempt > 0:
+            self._say(f"attempt {job.attempt} takes over")
+        self._attempt = job.attempt
         for step, group in groupby(update.points, key=lambda item: item[1].step):
             self._show_step(job, step, dict(group))
         if job.kind is not JobKind.train and progress and progress.num_steps:
@@ -222,7 +246,7 @@ class LiveView:
             description=_headline(job) if running else _situation(job),
             total=progress.num_steps or None if progress else None,
             completed=progress.step if progress else 0,
-            eta=_eta(job),
+            eta=_eta(job) if running else format_start(job),
         )
         self._numbers = Text("  " + numbers, style="yellow" if update.away else "")
         self._live.update(Group(self._bar, self._numbers), refresh=True)
@@ -252,7 +276,7 @@ class LiveView:
 
 
 def watch(client: Skipline, job: Job) -> Job:
-    """Shows a job until its end, and returns it as it ended."""
+    """Shows a job until its end, or until it is paused, and returns it as it is then."""
     console = stdout()
     console.print(f"Job {job.id}", style="dim")
     view: View = LiveView(console) if console.is_terminal else PlainView(console)
@@ -268,14 +292,14 @@ def watch_to_exit(client: Skipline, job: Job, as_json: bool) -> None:
     """Watches a job and exits as it ended; Ctrl-C detaches and lets the job go on.
 
     Raises:
-        typer.Exit: 1 when it did not succeed, 130 when detached.
+        typer.Exit: 1 when it did not succeed, a pause included; 130 when detached.
     """
     try:
         if as_json:
             job = _stream_json(client, job)
         else:
             job = watch(client, job)
-            _print_what_it_made(client, job)
+            _print_what_now(client, job)
     except KeyboardInterrupt:
         if not as_json:
             _print_detached(job)
@@ -289,19 +313,20 @@ def announce(job: Job, as_json: bool) -> None:
         print_json(job)
         return
     console = stdout()
-    place = f", no. {job.queue_position} in the queue" if job.queue_position else ""
-    console.print(Text.assemble(f"Job {job.id} is ", format_status(job.status), f"{place}."))
+    notes = "".join(f", {note}" for note in (format_place(job), format_start(job)) if note)
+    console.print(Text.assemble(f"Job {job.id} is ", format_status(job.status), f"{notes}."))
     console.print(f"Watch it:  skipline jobs watch {job.id}", style="dim", soft_wrap=True)
 
 
 def print_outcome(console: Console, job: Job, curves: Curves) -> None:
     """One line on how the job ended; for a failure also why, and what to do."""
-    succeeded = job.status is JobStatus.succeeded
-    line = Text.assemble(("✓ " if succeeded else "✗ ", "green" if succeeded else "red"))
+    line = Text.assemble(OUTCOME_MARKS.get(job.status, ("✗ ", "red")))
     line.append_text(format_status(job.status))
     if job.started_at and job.finished_at:
         line.append(f" in {format_duration((job.finished_at - job.started_at).total_seconds())}")
-    if succeeded and curves.best:
+    if job.stop_reason:
+        line.append(f", {STOP_REASONS[job.stop_reason]}")
+    if job.status is JobStatus.succeeded and curves.best:
         top1, epoch = curves.best
         line.append(f"   best top-1 {format_percent(top1)} (epoch {epoch})", style="bold")
     console.print(line, soft_wrap=True)
@@ -310,11 +335,12 @@ def print_outcome(console: Console, job: Job, curves: Curves) -> None:
         print_sentence(console, f"  {job.error.hint}")
 
 
-def _print_what_it_made(client: Skipline, job: Job) -> None:
+def _print_what_now(client: Skipline, job: Job) -> None:
+    """What the job has made, or what can be done about it."""
     console = stdout()
     if job.status is not JobStatus.succeeded:
-        return
-    if job.kind is JobKind.evaluate:
+        _print_commands(console, _ways_on(job))
+    elif job.kind is JobKind.evaluate:
         console.print()
         console.print(render_report(client.report(job.id)))
     elif job.kind is JobKind.ingest:
@@ -325,12 +351,29 @@ def _print_what_it_made(client: Skipline, job: Job) -> None:
             grid.add_row(key.replace("_", " "), format_result(key, value))
         console.print(grid)
     else:
-        for what, command in (
-            ("Classify", f"skipline predict IMAGE --model {job.id}"),
-            ("Curves", f"skipline metrics {job.id} --plot out.png"),
-            ("Report", f"skipline jobs show {job.id} --report"),
-        ):
-            console.print(f"  {what + ':':<10}{command}", style="dim", soft_wrap=True)
+        _print_commands(
+            console,
+            {
+                "Classify": f"skipline predict IMAGE --model {job.id}",
+                "Curves": f"skipline metrics {job.id} --plot out.png",
+                "Report": f"skipline jobs show {job.id} --report",
+            },
+        )
+
+
+def _ways_on(job: Job) -> dict[str, str]:
+    """From a job that is paused, failed or cancelled."""
+    if job.status is JobStatus.paused:
+        return {"Resume": f"skipline jobs resume {job.id}"}
+    ways = {"Retry": f"skipline jobs retry {job.id}"}
+    if job.status is JobStatus.failed and job.attempt:
+        ways = {"Output": f"skipline jobs logs {job.id}"} | ways
+    return ways
+
+
+def _print_commands(console: Console, commands: Mapping[str, str]) -> None:
+    for what, command in commands.items():
+        console.print(f"  {what + ':':<10}{command}", style="dim", soft_wrap=True)
 
 
 def _print_detached(job: Job) -> None:
@@ -360,8 +403,8 @@ def _situation(job: Job) -> str:
     """The job's state in words, where there are no numbers yet."""
     again = f", attempt {job.attempt}" if job.attempt > 1 else ""
     if job.status is JobStatus.queued:
-        place = f", no. {job.queue_position} in the queue" if job.queue_position else ""
-        return f"queued{place}" + (" again" if job.attempt else "")
+        queued = "queued again" if job.attempt else "queued"
+        return ", ".join(part for part in (queued, format_place(job)) if part)
     if job.status is JobStatus.running and job.progress is None:
         return f"getting ready{again}"
     return f"{job.status.value}{again}"

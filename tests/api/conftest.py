@@ -228,8 +228,19 @@ class Attempt:
             repository.add_event(session, self.fence, level, type_, message, data)
 
     def finish(self, status: JobStatus = JobStatus.succeeded) -> None:
+        error = {"code": "nan_loss", "message": "The loss is NaN", "hint": "Lower the lr"}
         with self.worker.database.session_scope() as session:
-            lifecycle.finish(session, self.fence, status, result={})
+            lifecycle.finish(
+                session,
+                self.fence,
+                status,
+                result={},
+                error=error if status is JobStatus.failed else None,
+            )
+
+    def print(self, number: int, text: str) -> None:
+        with self.worker.database.session_scope() as session:
+            repository.add_log_part(session, self.fence, number, text)
 
     def release(self) -> None:
         with self.worker.database.session_scope() as session:
@@ -276,9 +287,10 @@ class Worker:
     def claim(self) -> Attempt:
         """The next job of the queue."""
         with self.database.session_scope() as session:
-            fence = lifecycle.claim(session, "stand-in", "nowhere", 600, ("auto", "cpu"))
-        assert fence is not None, "a job is queued"
-        return Attempt(self, fence)
+            capacity = lifecycle.Capacity(("any", "auto", "cpu"))
+            claim = lifecycle.claim(session, "stand-in", "nowhere", 600, capacity)
+        assert claim is not None, "a job is queued"
+        return Attempt(self, claim.fence)
 
     def add_dataset(self, name: str, classes: Sequence[str], **splits: int) -> str:
         with self.database.session_scope() as session:

@@ -168,10 +168,23 @@ def test_a_job_that_does_not_exist_is_not_found(
 ) -> None:
     stream = {"Accept": "text/event-stream"}
     for job_id in WEIRD_IDS:
-        for call in ("", "/metrics", "/checkpoints", "/report", "/summary", "/events"):
+        for call in (
+            "",
+            "/metrics",
+            "/checkpoints",
+            "/report",
+            "/summary",
+            "/events",
+            "/attempts",
+            "/logs",
+        ):
             assert_problem(api.get(f"/jobs/{job_id}{call}"), 404, "job_not_found")
-        assert_problem(api.post(f"/jobs/{job_id}/cancel"), 404, "job_not_found")
-        assert_problem(api.get(f"/jobs/{job_id}/metrics", headers=stream), 404, "job_not_found")
+        for action in ("cancel", "pause", "resume", "stop", "retry"):
+            assert_problem(api.post(f"/jobs/{job_id}/{action}"), 404, "job_not_found")
+        assert_problem(api.delete(f"/jobs/{job_id}"), 404, "job_not_found")
+        for followed in ("metrics", "events"):
+            answer = api.get(f"/jobs/{job_id}/{followed}", headers=stream)
+            assert_problem(answer, 404, "job_not_found")
 
 
 def test_a_waiting_job_is_cancelled_at_once_and_twice_is_once(api: Any) -> None:
@@ -314,7 +327,8 @@ def test_a_recipe_fills_the_spec_in_and_what_is_given_beside_it_wins(api: Any) -
 
 def see(database: Any, worker_id: str, num_gpus: int) -> None:
     with database.session_scope() as session:
-        repository.see_worker(session, worker_id, "host", num_gpus, num_cores=8)
+        facts = repository.WorkerFacts("host", num_gpus, num_cores=8, num_slots=1, devices=())
+        repository.see_worker(session, worker_id, facts)
 
 
 def test_what_no_worker_could_run_is_refused(
@@ -431,10 +445,11 @@ def test_events_are_numbered_and_go_on_after_a_number(
     page = api.get(url).json()
     assert [(event["id"], event["type"], event["level"]) for event in page["items"]] == [
         (1, "created", "info"),
-        (2, "runtime", "info"),
-        (3, "stalled", "warning"),
+        (2, "started", "info"),
+        (3, "runtime", "info"),
+        (4, "stalled", "warning"),
     ]
-    assert page["items"][1]["data"] == {"device": "cpu"}
+    assert page["items"][2]["data"] == {"device": "cpu"}
     assert page["items"][0]["time"].endswith("Z")
     assert page["next"] is None
     first = api.get(url, params={"limit": 2}).json()

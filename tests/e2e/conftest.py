@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from shared.storage import Storage
+from shared.vision.bundle import WEIGHTS_FILE
 from skipline import Skipline
 from skipline.client import SkiplineError
 from skipline.schemas import Job, JobStatus
 
 PATIENCE_SECONDS = 120.0
+REPOSITORY = Path(__file__).parents[2]
 
 
 def wait_for(condition: Callable[[], Any], what: str, seconds: float = PATIENCE_SECONDS) -> Any:
@@ -48,6 +52,7 @@ class Service:
 
     home: Path
     environment: dict[str, str]
+    num_slots: int = 1
     port: int = field(default_factory=free_port)
     process: subprocess.Popen[bytes] | None = None
 
@@ -67,7 +72,10 @@ class Service:
             self.process.wait()
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "skipline", "up", "--port", str(self.port)],
+                [
+                    *(sys.executable, "-m", "skipline", "up"),
+                    *("--port", str(self.port), "--slots", str(self.num_slots)),
+                ],
                 env=self.environment,
                 cwd=self.home.parent,
                 stdout=log,
@@ -123,64 +131,113 @@ class Service:
         return found
 
 
-@pytest.fixture(params=["sqlite+filesystem", "postgresql+redis"])
+def faulty(**variables: str) -> dict[str, str]:
+    """The variables of a service whose processes do as `tests/faults/sitecustomize.py` says."""
+    return {"PYTHONPATH": str(REPOSITORY / "tests" / "faults"), **variables}
+
+
+STACKS = ["sqlite+filesystem", "postgresql+redis"]
+
+
+on_sqlite = pytest.mark.parametrize("shared_service", STACKS[:1], indirect=True, scope="session")
+on_postgresql = pytest.mark.parametrize(
+    "shared_service", STACKS[1:], indirect=True, scope="session"
+)
+"""For a test with a shared service that need not run on both stacks."""
+
+
+@pytest.fixture(params=STACKS)
 def stack(request: pytest.FixtureRequest) -> dict[str, str]:
     """The variables that choose database and broker."""
+    return stack_variables(request)
+
+
+def stack_variables(request: pytest.FixtureRequest) -> dict[str, str]:
     if request.param == "sqlite+filesystem":
         return {}
     return {
-        "SKIPLINE_DATABASE_URL": request.getfixturevalue("postgres_schema_url"),
+        "SKIPLINE_DATABASE_URL": request.getfixturevalue("new_postgres_schema")(),
         "SKIPLINE_BROKER_URL": request.getfixturevalue("redis_url"),
     }
+
+
+@contextmanager
+def running_service(
+    folder: Path, variables: dict[str, str], *, warm_trainers: int = 0, num_slots: int = 1
+) -> Iterator[Service]:
+    """A service with its home below `folder`. At the end it is stopped, and must leave no process
+    behind. A warm trainer costs a core for seconds at each start: only who tests the usual way has
+    one."""
+    home = folder / "home"
+    others = {name: v for name, v in os.environ.items() if not name.startswith("SKIPLINE_")}
+    environment = {
+        **others,
+        "SKIPLINE_HOME": str(home),
+        "SKIPLINE_DATASET_ROOTS": str(folder),
+        "SKIPLINE_GRACE_SECONDS": "20",
+        "SKIPLINE_CPU_THREADS": "1",
+        "SKIPLINE_WARM_TRAINERS": str(warm_trainers),
+        **variables,
+    }
+    service = Service(home, environment, num_slots)
+    try:
+        service.start()
+        yield service
+        service.stop()
+        wait_for(lambda: not service.processes(), "end of all processes", 30)
+    finally:
+        for pid in service.processes():
+            os.kill(pid, signal.SIGKILL)
+        if service.process is not None:
+            service.process.wait()
 
 
 @pytest.fixture
 def service(
     request: pytest.FixtureRequest, tmp_path: Path, stack: dict[str, str]
 ) -> Iterator[Service]:
-    """A running service. At the end it is stopped, and must leave no process behind."""
-    home = tmp_path / "home"
-    environment = {
-        **os.environ,
-        **stack,
-        "SKIPLINE_HOME": str(home),
-        "SKIPLINE_DATASET_ROOTS": str(tmp_path),
-        "SKIPLINE_GRACE_SECONDS": "20",
-        "SKIPLINE_CPU_THREADS": "1",
-    }
-    # A warm trainer costs a core for seconds at each start: only who tests the usual way has one.
-    if request.module.__name__.endswith("test_faults"):
-        environment["SKIPLINE_WARM_TRAINERS"] = "0"
-    running = Service(home, environment).start()
-    try:
+    """A service of the test's own."""
+    is_usual = request.module.__name__.endswith("test_main_path")
+    with running_service(tmp_path, stack, warm_trainers=int(is_usual)) as running:
         yield running
-        running.stop()
-        wait_for(lambda: not running.processes(), "end of all processes", 30)
-    finally:
-        for pid in running.processes():
-            os.kill(pid, signal.SIGKILL)
-        if running.process is not None:
-            running.process.wait()
+
+
+@pytest.fixture(scope="session", params=STACKS)
+def shared_service(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Service]:
+    """A service with one slot and the dataset `stripes`, for tests that kill nothing but trainers
+    and leave no job behind that is not over."""
+    folder = tmp_path_factory.mktemp("shared")
+    with running_service(folder, stack_variables(request)) as running:
+        with running.client() as client:
+            bring_in(client, draw_stripes(folder))
+        yield running
 
 
 @pytest.fixture
 def stripes(tmp_path: Path) -> Path:
+    """See `draw_stripes`."""
+    return draw_stripes(tmp_path)
+
+
+def draw_stripes(folder: Path, seed: int = 0) -> Path:
     """A folder of real PNG files, 8x8: class `across` has horizontal stripes, `down` vertical
     ones, with seeded noise. 48 images to train on and 16 to test."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     rows = np.arange(8)
     for split, count in (("train", 24), ("test", 8)):
         for label in ("across", "down"):
-            folder = tmp_path / "stripes" / split / label
-            folder.mkdir(parents=True)
+            target = folder / "stripes" / split / label
+            target.mkdir(parents=True)
             for number in range(count):
                 wave = 128 + 100 * np.sin(rows * 1.6 + rng.uniform(0, 6))
                 grid = (
                     np.tile(wave[:, None], (1, 8)) if label == "across" else np.tile(wave, (8, 1))
                 )
                 noisy = np.clip(grid + rng.normal(0, 10, (8, 8)), 0, 255).astype(np.uint8)
-                Image.fromarray(noisy).convert("RGB").save(folder / f"{number:03}.png")
-    return tmp_path / "stripes"
+                Image.fromarray(noisy).convert("RGB").save(target / f"{number:03}.png")
+    return folder / "stripes"
 
 
 def bring_in(client: Skipline, folder: Path, name: str = "stripes") -> str:
@@ -207,3 +264,11 @@ def tiny_spec(**keys: Any) -> dict[str, Any]:
         "precision": "fp32",  # `auto` would spend seconds on finding the fastest
         "seed": 1,
     } | keys
+
+
+def final_weights(service: Service, client: Skipline, job: Job) -> bytes:
+    """The file of the weights after the job's last step."""
+    step = max(checkpoint.step for checkpoint in client.checkpoints(job.id))
+    storage = Storage(service.home / "artifacts")
+    [key] = [key for key in storage.keys(f"jobs/{job.id}") if key.endswith(f"/{step}")]
+    return (storage.path(key) / WEIGHTS_FILE).read_bytes()

@@ -6,23 +6,46 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import pytest
+from pydantic import SecretStr
+
+from shared.database import Database
 from shared.storage import Storage
-from shared.vision.bundle import WEIGHTS_FILE
+from shared.tables import Dataset
 from skipline import Skipline
+from skipline.client import SkiplineError
 from skipline.schemas import Job, JobStatus, MetricEvent, RewindEvent
-from tests.e2e.conftest import Service, bring_in, free_port, tiny_spec, wait_for
+from tests.conftest import make_settings
+from tests.e2e.conftest import (
+    Service,
+    bring_in,
+    draw_stripes,
+    faulty,
+    final_weights,
+    free_port,
+    running_service,
+    tiny_spec,
+    wait_for,
+)
+from tests.soak.servers import Postgres
 
 LONG = 10
 """Epochs of a run that faults are done to: 60 steps."""
 
 
-def begin(client: Skipline, stripes: Path, **keys: Any) -> Job:
-    """A long training in its fourth epoch, the checkpoint of the second one at least behind it."""
-    bring_in(client, stripes)
-    job = client.submit(tiny_spec(epochs=LONG, **keys))
+def begin(client: Skipline, stripes: Path | None = None, **keys: Any) -> Job:
+    """A long training in its fourth epoch, the checkpoint of the second one at least behind it;
+    of a dataset that is there, or has to be brought in."""
+    if stripes is not None:
+        bring_in(client, stripes)
+    job = client.submit(tiny_spec(**({"epochs": LONG} | keys)))
     wait_for(lambda: len(client.metrics(job.id).series.get("val_loss", [])) >= 3, "three epochs")
     return job
 
@@ -37,11 +60,10 @@ def assert_whole(client: Skipline, job: Job, *, attempt: int) -> None:
     assert [p.step for p in series["val_loss"]] == list(range(6, 6 * LONG + 1, 6))
 
 
-def test_a_killed_trainer_is_replaced_at_its_last_checkpoint(
-    service: Service, stripes: Path
-) -> None:
+def test_a_killed_trainer_is_replaced_at_its_last_checkpoint(shared_service: Service) -> None:
+    service = shared_service
     with service.client() as client:
-        job = begin(client, stripes)
+        job = begin(client)
         events = client.stream_metrics(job.id)
         seen = [next(events)]
         [trainer] = service.trainers(job)
@@ -113,12 +135,7 @@ def test_an_interrupted_training_ends_with_the_bits_of_one_that_was_not(
         assert_whole(client, job, attempt=2)
         twin = client.wait(client.submit(client.job(job.id).spec).id)
         assert twin.attempt == 1
-        storage = Storage(service.home / "artifacts")
-        weights = []
-        for own in (job, twin):
-            step = client.job(own.id).result["step"]  # type: ignore[index]
-            [key] = [k for k in storage.keys(f"jobs/{own.id}") if k.endswith(f"/{step}")]
-            weights.append((storage.path(key) / WEIGHTS_FILE).read_bytes())
+        weights = [final_weights(service, client, own) for own in (job, twin)]
         assert weights[0] == weights[1]
         curves = [client.metrics(own.id).series["train_loss"] for own in (job, twin)]
         values = [[point.value for point in curve] for curve in curves]
@@ -178,3 +195,131 @@ def test_a_job_runs_without_any_broker(service: Service, stripes: Path, tmp_path
     finally:
         broker.kill()
         broker.wait()
+
+
+# ------------------------------------------------------------------ on one stack, where it matters
+
+
+@pytest.fixture
+def postgres() -> Iterator[Postgres]:
+    """A server of the test's own, which can be killed."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o711)  # Where root runs the tests, another user runs the server.
+        server = Postgres(Path(folder))
+        server.start()
+        yield server
+        server.kill()
+
+
+def test_a_database_that_is_away_is_waited_for_or_fences_the_trainer_off(
+    tmp_path: Path, postgres: Postgres
+) -> None:
+    variables = {
+        "SKIPLINE_DATABASE_URL": postgres.url,
+        "SKIPLINE_LEASE_SECONDS": "8",
+        "SKIPLINE_RENEW_SECONDS": "1",
+        "SKIPLINE_REAP_SECONDS": "1",
+    }
+    with running_service(tmp_path, variables) as service, service.client() as client:
+        job = begin(client, draw_stripes(tmp_path), epochs=10_000)
+        [trainer] = service.trainers(job)
+        postgres.kill()
+        time.sleep(2)  # Less than a lease: it trains on.
+        assert service.trainers(job) == [trainer]
+        postgres.start()
+        num_points = len(client.metrics(job.id).series["train_loss"])
+        more = "points that were kept back"
+        wait_for(lambda: len(client.metrics(job.id).series["train_loss"]) > num_points + 2, more)
+        assert (client.job(job.id).attempt, service.trainers(job)) == (1, [trainer])
+
+        postgres.kill()
+        # Nobody can know whether somebody else has the job by now: it ends by itself.
+        wait_for(lambda: not service.trainers(job), "end of the trainer", 12)
+        postgres.start()
+        wait_for(lambda: client.job(job.id).attempt == 2, "second attempt")
+        client.stop(job.id)
+        ended = client.wait(job.id)
+        assert (ended.status, ended.attempt) == (JobStatus.succeeded, 2), ended.error
+        first, second = client.attempts(job.id)
+        assert (first.outcome, second.outcome) == ("lost", "succeeded")
+        assert first.ended_at is not None
+        assert first.ended_at <= second.started_at  # Never two owners.
+        steps = [point.step for point in client.metrics(job.id).series["train_loss"]]
+        assert steps == list(range(2, 2 * len(steps) + 1, 2))
+
+
+def test_a_workers_wrong_clock_has_no_effect(tmp_path: Path, postgres_schema_url: str) -> None:
+    """An hour ahead, its leases would look as if they were to last; an hour behind, as run out."""
+    variables = faulty(
+        SKIPLINE_DATABASE_URL=postgres_schema_url,
+        SKIPLINE_LEASE_SECONDS="8",
+        SKIPLINE_RENEW_SECONDS="1",
+        SKIPLINE_TEST_WORKER_CLOCK_SECONDS="-3600",
+    )
+    with running_service(tmp_path, variables) as service, service.client() as client:
+        job = begin(client, draw_stripes(tmp_path))
+        assert_whole(client, job, attempt=1)
+        lost = client.submit(tiny_spec(epochs=10_000))
+        wait_for(lambda: client.checkpoints(lost.id), "checkpoint")
+        began = time.monotonic()
+        [worker] = service.processes("skipline", "worker", "--slots")
+        os.kill(worker, signal.SIGKILL)
+        wait_for(lambda: client.job(lost.id).attempt == 2, "second attempt", 40)
+        assert time.monotonic() - began < 40
+        # All times are the database's, and so is what the client's clock says.
+        now = datetime.now(UTC)
+        shown = [client.job(job.id).finished_at, client.attempts(lost.id)[1].started_at]
+        shown += [client.metrics(job.id).series["val_loss"][-1].time, client.workers()[0].seen_at]
+        assert all(when and abs((now - when).total_seconds()) < 600 for when in shown)
+        client.cancel(lost.id)
+        assert client.wait(lost.id).status is JobStatus.cancelled
+
+
+def test_an_api_killed_between_commit_and_bell_loses_no_job(tmp_path: Path) -> None:
+    flag = tmp_path / "kill"
+    with (
+        running_service(tmp_path, faulty(SKIPLINE_TEST_KILL_IN_BELL=str(flag))) as service,
+        service.client() as client,
+    ):
+        bring_in(client, draw_stripes(tmp_path))
+        [api] = service.processes("skipline", "api")
+        flag.touch()
+        # The client may have its answer, or none, and then asks again with the same key.
+        job = client.submit(tiny_spec(epochs=1), idempotency_key="once")
+        wait_for(lambda: api not in service.processes("skipline", "api"), "end of the API")
+        assert not flag.exists()
+        wait_for(service.is_ready, "new API")
+        assert [own.id for own in client.jobs(kind="train")] == [job.id]
+        ended = client.wait(job.id)
+        assert (ended.status, ended.attempt) == (JobStatus.succeeded, 1)
+
+
+def test_a_dataset_that_is_gone_when_its_job_starts_is_a_typed_failure(
+    shared_service: Service,
+) -> None:
+    database_url = shared_service.environment.get("SKIPLINE_DATABASE_URL")
+    settings = make_settings(
+        home=shared_service.home, database_url=database_url and SecretStr(database_url)
+    )
+    database = Database(settings.database)
+    with shared_service.client() as client:
+        doomed = draw_stripes(shared_service.home.parent / "doomed", seed=1)
+        dataset_id = bring_in(client, doomed, "doomed")
+        blocker = client.submit(tiny_spec(epochs=10_000))
+        wait_for(lambda: client.job(blocker.id).status is JobStatus.running, "running job")
+        job = client.submit(tiny_spec(dataset="doomed", epochs=1))
+        with database.session_scope() as session:
+            row = session.get(Dataset, dataset_id)
+            assert row is not None
+            key = row.key
+            session.delete(row)
+        Storage(settings.artifacts_path).delete(key)
+        client.cancel(blocker.id)
+        ended = client.wait(job.id)
+        assert ended.error is not None
+        assert (ended.status, ended.attempt) == (JobStatus.failed, 1)
+        assert (ended.error.code, ended.error.hint) == ("dataset_gone", "Add it again")
+        with pytest.raises(SkiplineError) as refused:
+            client.retry(job.id)
+        assert (refused.value.status, refused.value.code) == (422, "unknown_dataset")
+    database.dispose()

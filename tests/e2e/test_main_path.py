@@ -11,7 +11,7 @@ import pytest
 from skipline import Skipline
 from skipline.client import SkiplineError
 from skipline.schemas import EndEvent, JobStatus, MetricEvent
-from tests.e2e.conftest import Service, bring_in, tiny_spec, wait_for
+from tests.e2e.conftest import Service, bring_in, on_sqlite, tiny_spec, wait_for
 
 
 def test_a_job_is_posted_watched_evaluated_and_served(service: Service, stripes: Path) -> None:
@@ -77,9 +77,10 @@ def test_a_job_is_posted_watched_evaluated_and_served(service: Service, stripes:
         assert client.report(evaluation.id).confusion == report.confusion
 
 
-def test_jobs_wait_their_turn_and_can_be_cancelled(service: Service, stripes: Path) -> None:
+@on_sqlite
+def test_jobs_wait_their_turn_and_can_be_cancelled(shared_service: Service) -> None:
+    service = shared_service
     with service.client() as client:
-        bring_in(client, stripes)
         first = client.submit(tiny_spec(epochs=10_000))
         second = client.submit(tiny_spec())
         third = client.submit(tiny_spec())
@@ -99,9 +100,8 @@ def test_jobs_wait_their_turn_and_can_be_cancelled(service: Service, stripes: Pa
         assert (refused.value.status, refused.value.code) == (409, "illegal_transition")
 
 
-def test_a_training_that_fails_says_why(service: Service, stripes: Path, tmp_path: Path) -> None:
-    with service.client() as client:
-        bring_in(client, stripes)
+def test_a_training_that_fails_says_why(shared_service: Service) -> None:
+    with shared_service.client() as client:
         job = client.submit(tiny_spec(optimizer={"lr": 1000, "momentum": 0.99}, epochs=50))
         ended = client.wait(job.id)
         assert ended.status is JobStatus.failed
@@ -113,18 +113,21 @@ def test_a_training_that_fails_says_why(service: Service, stripes: Path, tmp_pat
             client.report(job.id)
         assert missing.value.status == 404
 
+        broken = shared_service.home.parent / "broken"
         for label in ("a", "b"):
-            (tmp_path / "broken" / label).mkdir(parents=True)
-            (tmp_path / "broken" / label / "x.png").write_bytes(b"no image")
-        ended = client.wait(client.add_dataset(path=tmp_path / "broken").id)
+            (broken / label).mkdir(parents=True)
+            (broken / label / "x.png").write_bytes(b"no image")
+        ended = client.wait(client.add_dataset(path=broken).id)
         assert ended.status is JobStatus.failed
         assert ended.error is not None
         assert ended.error.code == "no_readable_images"
 
 
-def test_what_has_no_checkpoint_cannot_predict(service: Service, stripes: Path) -> None:
+@on_sqlite
+def test_what_has_no_checkpoint_cannot_predict(shared_service: Service) -> None:
+    stripes = shared_service.home.parent / "stripes"
     image = stripes / "test" / "down" / "000.png"
-    with service.client() as client:
+    with shared_service.client() as client:
         ingest = client.wait(client.add_dataset(path=stripes, name="stripes").id)
         for model, status, code in (
             (ingest.id, 409, "no_checkpoint_yet"),
@@ -135,6 +138,7 @@ def test_what_has_no_checkpoint_cannot_predict(service: Service, stripes: Path) 
             assert (refused.value.status, refused.value.code) == (status, code)
 
 
+@pytest.mark.parametrize("stack", [{}])
 def test_a_service_answers_only_who_has_the_key(service: Service) -> None:
     service.stop()
     service.environment["SKIPLINE_API_KEY"] = "a-long-secret"

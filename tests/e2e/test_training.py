@@ -12,12 +12,10 @@ from typing import Any
 
 import pytest
 
-from shared.storage import Storage
-from shared.vision.bundle import WEIGHTS_FILE
 from skipline import Skipline
 from skipline.client import SkiplineError
 from skipline.schemas import Job, JobKind, JobStatus
-from tests.e2e.conftest import Service, bring_in, tiny_spec, wait_for
+from tests.e2e.conftest import Service, bring_in, final_weights, on_sqlite, tiny_spec, wait_for
 
 STEPS_PER_EPOCH = 6
 NUM_KILLS = 10
@@ -32,13 +30,6 @@ def stack() -> dict[str, str]:
 def last_step(client: Skipline, job: Job) -> int:
     """Of the newest checkpoint; 0 without one."""
     return max((checkpoint.step for checkpoint in client.checkpoints(job.id)), default=0)
-
-
-def final_weights(service: Service, client: Skipline, job: Job, step: int) -> bytes:
-    """The file of the weights after the last step."""
-    storage = Storage(service.home / "artifacts")
-    [key] = [key for key in storage.keys(f"jobs/{job.id}") if key.endswith(f"/{step}")]
-    return (storage.path(key) / WEIGHTS_FILE).read_bytes()
 
 
 def curve(client: Skipline, job: Job, name: str) -> list[tuple[int, float]]:
@@ -80,9 +71,7 @@ def test_a_training_killed_ten_times_ends_with_the_bits_of_one_that_was_not(
         assert finished(client, twin).attempt == 1
         for name in ("train_loss", "train_top1", "val_loss", "lr"):
             assert curve(client, job, name) == curve(client, twin, name)
-        assert final_weights(service, client, job, num_steps) == final_weights(
-            service, client, twin, num_steps
-        )
+        assert final_weights(service, client, job) == final_weights(service, client, twin)
 
 
 @pytest.mark.timeout(600)
@@ -127,9 +116,9 @@ def test_two_processes_learn_as_one_and_die_together(service: Service, stripes: 
             )
 
 
-def test_a_dry_run_says_what_a_training_would_take(service: Service, stripes: Path) -> None:
-    with service.client() as client:
-        bring_in(client, stripes)
+@on_sqlite
+def test_a_dry_run_says_what_a_training_would_take(shared_service: Service) -> None:
+    with shared_service.client() as client:
         dry = finished(client, client.dry_run(tiny_spec()))
         assert dry.kind is JobKind.dry_run
         assert dry.result is not None
@@ -152,7 +141,8 @@ def test_a_dry_run_says_what_a_training_would_take(service: Service, stripes: Pa
         assert checkpoint.num_bytes == pytest.approx(dry.result["checkpoint_bytes"], rel=0.05)
 
 
-def test_a_spec_that_cannot_work_is_refused_at_its_key(service: Service, stripes: Path) -> None:
+@on_sqlite
+def test_a_spec_that_cannot_work_is_refused_at_its_key(shared_service: Service) -> None:
     cases: list[tuple[str, dict[str, Any]]] = [
         ("image_size", {"model": {"arch": "resnet18", "stem": "imagenet"}, "image_size": 8}),
         ("image_size", {"model": {"arch": "vgg16"}, "image_size": 16}),
@@ -166,8 +156,8 @@ def test_a_spec_that_cannot_work_is_refused_at_its_key(service: Service, stripes
         ("augment.0.padding", {"augment": [{"name": "random_crop", "padding": 64}]}),
         ("epoch", {"epoch": 3}),
     ]
-    with service.client() as client:
-        bring_in(client, stripes)
+    with shared_service.client() as client:
+        before = list(client.jobs())
         refused = []
         for _, keys in cases:
             with pytest.raises(SkiplineError) as caught:
@@ -175,4 +165,4 @@ def test_a_spec_that_cannot_work_is_refused_at_its_key(service: Service, stripes
             assert caught.value.status == 422
             refused.append([item.loc for item in caught.value.errors])
         assert refused == [[key] for key, _ in cases]
-        assert list(client.jobs(kind="train")) == []
+        assert list(client.jobs()) == before

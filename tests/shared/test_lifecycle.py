@@ -2,61 +2,33 @@
 
 from __future__ import annotations
 
-import threading
+from collections.abc import Callable
 
 import pytest
-from sqlalchemy import func, select, update
+from sqlalchemy import select
 
 from shared import lifecycle, repository
 from shared.database import Database
 from shared.errors import IllegalTransition, JobNotFound
-from shared.lifecycle import Fence, Superseded
-from shared.tables import Attempt, Job
-from skipline.catalog import BUILTIN_DATASETS, resolve
+from shared.lifecycle import Action, Fence, Superseded
+from shared.tables import Attempt
 from skipline.schemas import JobStatus
-from skipline.specs import TrainSpec, parse_request
-
-CPU = ("auto", "cpu")
-
-
-def add_job(database: Database, **keys: object) -> str:
-    spec = parse_request({"dataset": "digits", **keys})
-    assert isinstance(spec, TrainSpec)
-    with database.session_scope() as session:
-        return repository.add_job(session, resolve(spec, BUILTIN_DATASETS["digits"])).id
-
-
-def claim(
-    database: Database, owner: str = "w1", devices: tuple[str, ...] = CPU, num_gpus: int = 0
-) -> Fence | None:
-    with database.session_scope() as session:
-        return lifecycle.claim(session, owner, "host", 60, devices, num_gpus)
-
-
-def claimed(database: Database, owner: str = "w1") -> Fence:
-    fence = claim(database, owner)
-    assert fence is not None
-    return fence
-
-
-def status(database: Database, job_id: str) -> JobStatus:
-    with database.read_scope() as session:
-        return JobStatus(repository.get_job(session, job_id).status)
-
-
-def lose(database: Database, fence: Fence) -> bool:
-    with database.session_scope() as session:
-        return lifecycle.lose(session, fence.job_id, fence.attempt, "gone", max_crashes=3)
-
-
-def cancel(database: Database, job_id: str) -> None:
-    with database.session_scope() as session:
-        lifecycle.request_cancel(session, job_id)
-
-
-def finish(database: Database, fence: Fence, target: JobStatus = JobStatus.succeeded) -> None:
-    with database.session_scope() as session:
-        lifecycle.finish(session, fence, target, result={"top1": 1.0})
+from tests.shared.jobs import (
+    add_evaluation,
+    add_job,
+    ask,
+    claim,
+    claimed,
+    event_types,
+    finish,
+    get,
+    gpus,
+    lose,
+    register,
+    release,
+    running,
+    status,
+)
 
 
 def test_the_transitions_are_those_of_the_contract() -> None:
@@ -92,28 +64,10 @@ def test_jobs_are_claimed_in_the_order_they_came(database: Database) -> None:
     assert claim(database) is None
 
 
-def test_many_workers_at_once_claim_each_job_once(database: Database) -> None:
-    ids = {add_job(database) for _ in range(30)}
-    taken: list[str] = []
-
-    def work(owner: str) -> None:
-        while (fence := claim(database, owner)) is not None:
-            taken.append(fence.job_id)
-
-    threads = [threading.Thread(target=work, args=(f"w{n}",)) for n in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(taken) == sorted(ids)
-    with database.read_scope() as session:
-        assert session.scalar(select(func.count()).select_from(Attempt)) == 30
-
-
 def test_a_job_that_asks_for_a_gpu_waits_for_a_worker_that_has_one(database: Database) -> None:
     job_id = add_job(database, resources={"device": "cuda"})
     assert claim(database) is None
-    fence = claim(database, devices=("auto", "cuda"), num_gpus=1)
+    fence = claim(database, capacity=gpus(1))
     assert fence is not None
     assert fence.job_id == job_id
 
@@ -121,11 +75,11 @@ def test_a_job_that_asks_for_a_gpu_waits_for_a_worker_that_has_one(database: Dat
 def test_a_job_of_several_processes_waits_for_as_many_gpus(database: Database) -> None:
     pair = {"device": "cuda", "num_processes": 2}
     wants_two, wants_one = add_job(database, resources=pair), add_job(database)
-    small = claim(database, "w1", ("auto", "cuda"), num_gpus=1)
+    small = claim(database, "w1", gpus(1))
     assert small is not None
     assert small.job_id == wants_one
-    assert claim(database, "w1", ("auto", "cuda"), num_gpus=1) is None
-    large = claim(database, "w2", ("auto", "cuda"), num_gpus=2)
+    assert claim(database, "w1", gpus(1)) is None
+    large = claim(database, "w2", gpus(2))
     assert large is not None
     assert large.job_id == wants_two
 
@@ -133,15 +87,15 @@ def test_a_job_of_several_processes_waits_for_as_many_gpus(database: Database) -
 def test_a_job_in_a_gpus_precision_waits_for_a_worker_that_has_one(database: Database) -> None:
     job_id = add_job(database, precision="fp16")
     assert claim(database) is None
-    fence = claim(database, devices=("auto", "cpu", "cuda"), num_gpus=1)
+    fence = claim(database, capacity=gpus(1, "cpu"))
     assert fence is not None
     assert fence.job_id == job_id
 
 
 def test_a_worker_that_offers_no_cpu_takes_what_its_gpus_suffice_for(database: Database) -> None:
     job_id = add_job(database, resources={"device": "auto", "num_processes": 2})
-    assert claim(database, devices=("auto", "cuda"), num_gpus=1) is None
-    fence = claim(database, devices=("auto", "cpu", "cuda"), num_gpus=1)
+    assert claim(database, capacity=gpus(1)) is None
+    fence = claim(database, capacity=gpus(1, "cpu"))
     assert fence is not None
     assert fence.job_id == job_id
 
@@ -203,15 +157,15 @@ def test_a_final_status_never_changes(database: Database) -> None:
             finish(database, fence, JobStatus.failed)
         assert not lose(database, fence)
         with pytest.raises(IllegalTransition):
-            cancel(database, job_id)
+            ask(database, job_id, "cancel")
         assert status(database, job_id) is target
     assert claim(database) is None
 
 
 def test_a_waiting_job_is_cancelled_at_once_and_never_runs(database: Database) -> None:
     job_id = add_job(database)
-    cancel(database, job_id)
-    cancel(database, job_id)
+    ask(database, job_id, "cancel")
+    ask(database, job_id, "cancel")
     assert status(database, job_id) is JobStatus.cancelled
     assert claim(database) is None
 
@@ -219,8 +173,8 @@ def test_a_waiting_job_is_cancelled_at_once_and_never_runs(database: Database) -
 def test_a_running_job_is_cancelled_through_its_trainer(database: Database) -> None:
     job_id = add_job(database)
     fence = claimed(database)
-    cancel(database, job_id)
-    cancel(database, job_id)
+    ask(database, job_id, "cancel")
+    ask(database, job_id, "cancel")
     with database.read_scope() as session:
         orders = repository.read_orders(session, fence)
     assert orders is not None
@@ -232,14 +186,14 @@ def test_a_running_job_is_cancelled_through_its_trainer(database: Database) -> N
 def test_a_cancelled_job_whose_worker_is_lost_is_cancelled(database: Database) -> None:
     job_id = add_job(database)
     fence = claimed(database)
-    cancel(database, job_id)
+    ask(database, job_id, "cancel")
     assert lose(database, fence)
     assert status(database, job_id) is JobStatus.cancelled
 
 
 def test_a_job_that_is_not_there_cannot_be_cancelled(database: Database) -> None:
     with pytest.raises(JobNotFound):
-        cancel(database, "nobody")
+        ask(database, "nobody", "cancel")
 
 
 def test_the_third_crash_in_a_row_fails_the_job(database: Database) -> None:
@@ -261,10 +215,7 @@ def test_a_new_checkpoint_ends_a_row_of_crashes(database: Database) -> None:
     lose(database, claimed(database))
     lose(database, claimed(database))
     fence = claimed(database)
-    with database.session_scope() as session:
-        repository.register_checkpoint(
-            session, fence, kinds=("last",), key="k", epoch=1, step=1, metrics={}, num_bytes=1
-        )
+    register(database, fence, 1)
     lose(database, fence)
     assert status(database, job_id) is JobStatus.queued
 
@@ -272,9 +223,7 @@ def test_a_new_checkpoint_ends_a_row_of_crashes(database: Database) -> None:
 def test_a_release_is_no_crash(database: Database) -> None:
     job_id = add_job(database)
     for _ in range(5):
-        fence = claimed(database)
-        with database.session_scope() as session:
-            lifecycle.release(session, fence, "leaving")
+        release(database, claimed(database))
     assert status(database, job_id) is JobStatus.queued
     with database.read_scope() as session:
         assert repository.get_job(session, job_id).crashes == 0
@@ -289,36 +238,6 @@ def test_a_loss_that_comes_too_late_changes_nothing(database: Database) -> None:
     assert status(database, job_id) is JobStatus.running
 
 
-def test_a_reaper_that_races_the_end_leaves_one_final_status(database: Database) -> None:
-    for _ in range(20):
-        job_id = add_job(database)
-        fence = claimed(database)
-        with database.session_scope() as session:
-            session.execute(update(Job).values(crashes=2).where(Job.id == job_id))
-        ended: list[str] = []
-        barrier = threading.Barrier(2)
-
-        def end(fence: Fence = fence, barrier: threading.Barrier = barrier) -> None:
-            barrier.wait()
-            try:
-                finish(database, fence)
-                ended.append("succeeded")  # noqa: B023 - joined within the round
-            except Superseded:
-                pass
-
-        def reap(fence: Fence = fence, barrier: threading.Barrier = barrier) -> None:
-            barrier.wait()
-            if lose(database, fence):
-                ended.append("failed")  # noqa: B023
-
-        threads = [threading.Thread(target=target) for target in (end, reap)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert ended == [str(status(database, job_id))]
-
-
 def test_what_happened_is_recorded_in_order(database: Database) -> None:
     job_id = add_job(database)
     lose(database, claimed(database))
@@ -330,7 +249,190 @@ def test_what_happened_is_recorded_in_order(database: Database) -> None:
         ).all()
     assert [(event.number, event.type) for event in events] == [
         (1, "created"),
-        (2, "lost"),
-        (3, "succeeded"),
+        (2, "started"),
+        (3, "lost"),
+        (4, "started"),
+        (5, "succeeded"),
     ]
     assert [tuple(row) for row in attempts] == [(1, "lost"), (2, "succeeded")]
+
+
+# ------------------------------------------------------------------------------ what clients ask
+
+REFUSED = "409"
+ASKED: dict[str, dict[Action, str]] = {
+    # status: what the job is after each action
+    "queued": {"cancel": "cancelled", "pause": REFUSED, "resume": "queued", "stop": REFUSED},
+    "running": {
+        "cancel": "cancelling",
+        "pause": "pausing",
+        "resume": "running",
+        "stop": "stopping",
+    },
+    "pausing": {"cancel": "cancelling", "pause": "pausing", "resume": REFUSED, "stop": REFUSED},
+    "paused": {"cancel": "cancelled", "pause": "paused", "resume": "queued", "stop": REFUSED},
+    "stopping": {"cancel": "cancelling", "pause": REFUSED, "resume": REFUSED, "stop": "stopping"},
+    "cancelling": {"cancel": "cancelling", "pause": REFUSED, "resume": REFUSED, "stop": REFUSED},
+    "succeeded": {"cancel": REFUSED, "pause": REFUSED, "resume": REFUSED, "stop": REFUSED},
+    "failed": {"cancel": REFUSED, "pause": REFUSED, "resume": REFUSED, "stop": REFUSED},
+    "cancelled": {"cancel": "cancelled", "pause": REFUSED, "resume": REFUSED, "stop": REFUSED},
+}
+
+
+def job_in(database: Database, wanted: str) -> str:
+    """A new job, brought into a status by what brings jobs there."""
+    job_id = add_job(database)
+    if wanted == "queued":
+        return job_id
+    fence = claimed(database)
+    asked: dict[str, Action] = {
+        "pausing": "pause",
+        "paused": "pause",
+        "stopping": "stop",
+        "cancelling": "cancel",
+        "cancelled": "cancel",
+    }
+    if wanted in asked:
+        ask(database, job_id, asked[wanted])
+    if wanted == "paused":
+        release(database, fence)
+    elif JobStatus(wanted).is_terminal:
+        finish(database, fence, JobStatus(wanted))
+    assert status(database, job_id) == wanted
+    return job_id
+
+
+def test_each_action_does_in_each_state_what_the_contract_says(database: Database) -> None:
+    seen: dict[str, dict[str, str]] = {}
+    for before, actions in ASKED.items():
+        for action in actions:
+            job_id = job_in(database, before)
+            num_events = len(event_types(database, job_id))
+            try:
+                ask(database, job_id, action)
+                after: str = status(database, job_id)
+            except IllegalTransition:
+                assert status(database, job_id) == before
+                after = REFUSED
+            changed = after not in (REFUSED, before)
+            assert len(event_types(database, job_id)) == num_events + changed
+            if changed:  # Asked twice, nothing more happens.
+                ask(database, job_id, action)
+                assert status(database, job_id) == after
+                assert len(event_types(database, job_id)) == num_events + 1
+            seen.setdefault(before, {})[action] = after
+            if status(database, job_id) is JobStatus.queued:
+                ask(database, job_id, "cancel")
+    assert seen == ASKED
+
+
+def test_only_a_training_is_stopped(database: Database) -> None:
+    job_id = add_evaluation(database, model="m")
+    claimed(database)
+    with pytest.raises(IllegalTransition, match="only a running training is stopped"):
+        ask(database, job_id, "stop")
+    ask(database, job_id, "pause")
+    assert status(database, job_id) is JobStatus.pausing
+
+
+def test_a_job_that_is_not_there_cannot_be_asked_for_anything(database: Database) -> None:
+    actions: tuple[Action, ...] = ("pause", "resume", "stop")
+    for action in actions:
+        with pytest.raises(JobNotFound):
+            ask(database, "nobody", action)
+
+
+def test_a_paused_job_waits_for_its_resume_and_loses_no_crash_count(database: Database) -> None:
+    fence = running(database)
+    ask(database, fence.job_id, "pause")
+    assert lose(database, fence)  # It dies while it writes its checkpoint.
+    paused = get(database, fence.job_id)
+    assert (paused.status, paused.crashes, paused.owner) == (JobStatus.paused, 1, None)
+    assert claim(database) is None
+    ask(database, fence.job_id, "resume")
+    assert claimed(database, "w2") == Fence(fence.job_id, 2, "w2")
+
+
+@pytest.mark.parametrize("leave", [lose, release])
+def test_a_stop_outlives_the_attempt_that_was_asked(
+    database: Database, leave: Callable[[Database, Fence], object]
+) -> None:
+    fence = running(database)
+    ask(database, fence.job_id, "stop")
+    leave(database, fence)
+    assert status(database, fence.job_id) is JobStatus.queued
+    ask(database, fence.job_id, "stop")  # Once more, while it waits: it will be.
+    second = claimed(database, "w2")
+    assert status(database, fence.job_id) is JobStatus.stopping
+    finish(database, second)
+    ended = get(database, fence.job_id)
+    assert (ended.status, ended.stop_reason, ended.attempt) == (JobStatus.succeeded, "user", 2)
+    ask(database, fence.job_id, "stop")
+    with pytest.raises(IllegalTransition):
+        ask(database, fence.job_id, "pause")
+
+
+def test_a_cancel_is_stronger_than_a_stop(database: Database) -> None:
+    fence = running(database)
+    ask(database, fence.job_id, "stop")
+    ask(database, fence.job_id, "cancel")
+    assert lose(database, fence)
+    ended = get(database, fence.job_id)
+    assert (ended.status, ended.stop_reason) == (JobStatus.cancelled, None)
+
+
+def test_a_trainer_that_comes_to_its_end_first_wins(database: Database) -> None:
+    actions: tuple[Action, ...] = ("pause", "stop", "cancel")
+    for action in actions:
+        for target in (JobStatus.succeeded, JobStatus.failed):
+            fence = running(database)
+            ask(database, fence.job_id, action)
+            finish(database, fence, target)
+            assert status(database, fence.job_id) is target
+
+
+def test_the_third_crash_in_a_row_fails_a_stopping_job_too(database: Database) -> None:
+    fence = running(database)
+    ask(database, fence.job_id, "stop")
+    for owner in ("w2", "w3"):
+        lose(database, fence)
+        fence = claimed(database, owner)
+    assert lose(database, fence)
+    ended = get(database, fence.job_id)
+    assert ended.error is not None
+    assert (ended.status, ended.error["code"]) == (JobStatus.failed, "worker_lost")
+
+
+def test_each_attempt_says_how_it_ended(database: Database) -> None:
+    fence = running(database)
+    job_id = fence.job_id
+    lose(database, fence)
+    release(database, claimed(database, "w2"))
+    third = claimed(database, "w3")
+    ask(database, job_id, "pause")
+    release(database, third)
+    ask(database, job_id, "resume")
+    fourth = claimed(database, "w4")
+    ask(database, job_id, "cancel")
+    with database.read_scope() as session:
+        open_one = repository.attempt_document(repository.list_attempts(session, job_id)[-1])
+    assert (open_one.number, open_one.outcome, open_one.ended_at) == (4, None, None)
+    finish(database, fourth, JobStatus.cancelled)
+    with database.read_scope() as session:
+        attempts = [
+            repository.attempt_document(row) for row in repository.list_attempts(session, job_id)
+        ]
+    assert [(a.number, a.outcome, a.reason) for a in attempts] == [
+        (1, "lost", "gone"),
+        (2, "released", "leaving"),
+        (3, "paused", "leaving"),
+        (4, "cancelled", "Cancelled while it ran"),
+    ]
+    assert all(a.ended_at is not None and a.ended_at >= a.started_at for a in attempts)
+    assert event_types(database, job_id) == [
+        "created",
+        *("started", "lost"),
+        *("started", "released"),
+        *("started", "pause_requested", "paused", "resumed"),
+        *("started", "cancel_requested", "cancelled"),
+    ]

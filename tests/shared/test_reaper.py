@@ -9,7 +9,7 @@ from sqlalchemy import update
 
 from shared import lifecycle, locks, reaper, repository
 from shared.database import Database, db_now
-from shared.lifecycle import Fence
+from shared.lifecycle import Capacity, Fence
 from shared.locks import OwnerLock
 from shared.reaper import Reaper
 from shared.settings import Settings
@@ -29,9 +29,9 @@ def claimed(database: Database, owner: str, host: str) -> Fence:
     spec = resolve(TrainSpec(dataset="digits"), BUILTIN_DATASETS["digits"])
     with database.session_scope() as session:
         repository.add_job(session, spec)
-        fence = lifecycle.claim(session, owner, host, 60, ("auto",))
-    assert fence is not None
-    return fence
+        claim = lifecycle.claim(session, owner, host, 60, Capacity(("auto",)))
+    assert claim is not None
+    return claim.fence
 
 
 def status(database: Database, fence: Fence) -> str:

@@ -29,12 +29,14 @@ class Asked:
 
 @dataclass
 class Answer:
-    """What goes back: a body, or parts of a stream after which the connection is cut."""
+    """What goes back: a body, or parts of a stream after which the connection is cut; nothing at
+    all where it is lost."""
 
     body: bytes = b""
     status: int = 200
     content_type: str = "application/json"
     cut: bool = False
+    lost: bool = False
 
 
 def answer_json(document: Any, status: int = 200) -> Answer:
@@ -78,6 +80,7 @@ def job_document(**changes: Any) -> dict[str, Any]:
         "attempt": 0,
         "progress": None,
         "queue_position": None,
+        "estimated_start_at": None,
         "created_at": TIME,
         "started_at": None,
         "finished_at": None,
@@ -140,6 +143,40 @@ def event_document(number: int, **changes: Any) -> dict[str, Any]:
     } | changes
 
 
+def attempt_document(number: int, **changes: Any) -> dict[str, Any]:
+    """An attempt that succeeded within 65 seconds."""
+    return {
+        "number": number,
+        "host": "alpha",
+        "gpus": [],
+        "started_at": TIME,
+        "ended_at": "2026-11-01T12:01:05.000Z",
+        "outcome": "succeeded",
+        "reason": None,
+    } | changes
+
+
+def worker_document(**changes: Any) -> dict[str, Any]:
+    """A host with two GPUs, of which the second has a job."""
+    gpu = {"type": "cuda", "name": "NVIDIA H100", "memory_bytes": 80 * 2**30}
+    cpu = {"type": "cpu", "index": 0, "name": "AMD EPYC", "memory_bytes": 128 * 2**30}
+    return {
+        "id": "w-1",
+        "host": "alpha",
+        "status": "active",
+        "num_slots": 2,
+        "num_cores": 16,
+        "devices": [
+            {**cpu, "job_id": None},
+            {**gpu, "index": 0, "job_id": None},
+            {**gpu, "index": 1, "job_id": "job-1"},
+        ],
+        "job_ids": ["job-1"],
+        "started_at": TIME,
+        "seen_at": TIME,
+    } | changes
+
+
 RECIPE = {
     "name": "pets_resnet18",
     "description": "ResNet-18 on pets",
@@ -195,6 +232,9 @@ def handler_of(server: Server) -> type[BaseHTTPRequestHandler]:
                     body=self.rfile.read(int(self.headers.get("Content-Length", 0))),
                 )
             )
+            self.close_connection = True
+            if answer.lost:
+                return
             self.send_response(answer.status)
             self.send_header("Content-Type", answer.content_type)
             missing = 1 if answer.cut else 0  # The client waits for a byte that never comes.
@@ -202,9 +242,8 @@ def handler_of(server: Server) -> type[BaseHTTPRequestHandler]:
             self.send_header("Connection", "close")
             self.end_headers()
             self.wfile.write(answer.body)
-            self.close_connection = True
 
-        do_GET = do_POST = _serve  # noqa: N815
+        do_GET = do_POST = do_DELETE = _serve  # noqa: N815
 
         def log_message(self, format: str, *args: object) -> None:
             pass

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tests.skipline.replay import (
     answer_events,
     answer_json,
     answer_problem,
+    attempt_document,
     event,
     event_document,
     job_document,
@@ -27,6 +29,7 @@ from tests.skipline.replay import (
     point,
     report_document,
     summary_document,
+    worker_document,
 )
 
 
@@ -254,7 +257,71 @@ def test_a_job_that_fails_exits_1_and_says_why(server: Server) -> None:
         "✗ failed",
         "  nan_loss: The loss became NaN at step 3",
         "  Lower the lr",
+        "  Output:   skipline jobs logs job-1",
+        "  Retry:    skipline jobs retry job-1",
     ]
+
+
+def test_a_pause_ends_the_watch_and_says_how_to_resume(server: Server) -> None:
+    running = job_document(status="running", attempt=1, progress=progress(10, 1))
+    paused = {**running, "status": "paused"}
+    replay(server, running, {**running, "status": "pausing"}, paused)
+    result = run("jobs", "watch", "job-1")
+    assert result.exit_code == 1
+    assert result.output.splitlines()[1:] == [
+        "pausing",
+        "· paused",
+        "  Resume:   skipline jobs resume job-1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("reason", "words"),
+    [
+        ("user", "ended early, as asked"),
+        ("early_stopping", "ended early, since it did not improve any more"),
+        ("time_budget", "ended early, with its time used up"),
+    ],
+)
+def test_an_early_end_is_told_with_its_reason(server: Server, reason: str, words: str) -> None:
+    replay(server, SUCCEEDED | {"stop_reason": reason})
+    result = run("jobs", "watch", "job-1")
+    assert result.exit_code == 0
+    assert f"✓ succeeded in 1 min 5 s, {words}" in result.output
+
+
+def test_watching_follows_a_job_from_one_attempt_to_the_next(server: Server) -> None:
+    """The first attempt is lost after epoch 2, the second begins again from epoch 1's end: the
+    95 % that the lost one saw are void."""
+    running = job_document(status="running", attempt=1, progress=progress(40, 2))
+    queued = job_document(attempt=1, progress=progress(40, 2), queue_position=1)
+    again = job_document(status="running", attempt=2, progress=progress(30, 2))
+    replay(
+        server,
+        running,
+        running,
+        queued,
+        again,
+        SUCCEEDED | {"attempt": 2, "progress": progress(40, 2)},
+        series=[
+            {"val_loss": [point(20, 0.7)], "val_top1": [point(20, 0.8)]},
+            {
+                "val_loss": [point(40, 0.1, epoch=2)],
+                "val_top1": [point(40, 0.95, epoch=2)],
+            },
+            {"train_loss": [point(30, 0.5, epoch=2)]},
+            {
+                "val_loss": [point(40, 0.6, epoch=2)],
+                "val_top1": [point(40, 0.85, epoch=2)],
+            },
+        ],
+    )
+    result = run("jobs", "watch", "job-1")
+    lines = result.output.splitlines()
+    assert "queued again, no. 1 in the queue" in lines
+    assert "attempt 2 takes over" in lines
+    assert lines.index("queued again, no. 1 in the queue") < lines.index("attempt 2 takes over")
+    assert "✓ succeeded in 1 min 5 s   best top-1 85.0 % (epoch 2)" in lines
 
 
 def test_watching_outlasts_a_restart_of_the_server(server: Server) -> None:
@@ -344,6 +411,134 @@ def test_jobs_are_listed_with_what_they_are_about(server: Server) -> None:
     assert "\x1b" not in "".join(lines)
 
 
+def soon(seconds: float) -> str:
+    """A time that far from now, as the server writes it."""
+    return (datetime.now(UTC) + timedelta(seconds=seconds)).isoformat().replace("+00:00", "Z")
+
+
+def test_waiting_jobs_are_listed_with_when_they_start(server: Server) -> None:
+    jobs = [
+        job_document(id="a", queue_position=1, estimated_start_at=soon(0)),
+        job_document(id="b", queue_position=2, estimated_start_at=soon(240)),
+        job_document(id="c", spec=job_document()["spec"] | {"after": "b"}),
+    ]
+    server.on("GET /jobs", answer_json({"items": jobs, "next": None}))
+    lines = run("jobs").output.splitlines()
+    assert "queued  no. 1, any moment  " in lines[1]
+    assert "queued    no. 2, in 4 min  " in lines[2]
+    assert lines[3].split()[:3] == ["c", "queued", "waits"]
+
+
+def test_a_new_job_is_told_when_it_starts_or_what_it_waits_for(server: Server) -> None:
+    queued = job_document(queue_position=3, estimated_start_at=soon(7200))
+    server.on("POST /jobs", answer_json(queued, 202))
+    result = run("train", "--dataset", "digits", "--priority", "-2")
+    assert "Job job-1 is queued, no. 3 in the queue, starts in 2 h." in result.output
+    waiting = job_document(spec={"dataset": "digits", "after": "job-0"}, kind="evaluate")
+    server.on("POST /jobs", answer_json(waiting, 202))
+    result = run("evaluate", "-m", "job-0", "-d", "digits", "--after", "job-0", "--priority", "7")
+    assert "Job job-1 is queued, waits for job job-0." in result.output
+    assert [asked.json for asked in server.asked] == [
+        {"kind": "train", "dataset": "digits", "priority": -2},
+        {
+            "kind": "evaluate",
+            "model": "job-0",
+            "dataset": "digits",
+            "after": "job-0",
+            "priority": 7,
+        },
+    ]
+    assert run("train", "--dataset", "digits", "--priority", "11").exit_code == 2
+    assert len(server.asked) == 2
+
+
+@pytest.mark.parametrize(
+    ("action", "status", "hint"),
+    [
+        ("cancel", "cancelling", None),
+        ("pause", "pausing", "Resume it:  skipline jobs resume job-1"),
+        ("resume", "queued", "Watch it:  skipline jobs watch job-1"),
+        ("stop", "stopping", "Watch it:  skipline jobs watch job-1"),
+    ],
+)
+def test_an_action_tells_the_state_it_leads_to(
+    server: Server, action: str, status: str, hint: str | None
+) -> None:
+    document = job_document(status=status)
+    server.on(f"POST /jobs/job-1/{action}", answer_json(document))
+    result = run("jobs", action, "job-1")
+    assert result.exit_code == 0
+    assert result.output.splitlines() == [f"Job job-1 is {status}."] + ([hint] if hint else [])
+    assert json.loads(run("jobs", action, "job-1", "--json").stdout) == document
+
+
+def test_a_retry_is_announced_or_watched(server: Server) -> None:
+    new = job_document(id="job-1", parent_id="job-0", queue_position=1)
+    server.on("POST /jobs/job-0/retry", answer_json(new, 202))
+    replay(server, SUCCEEDED | {"parent_id": "job-0"})
+    assert "Job job-1 is queued" in run("jobs", "retry", "job-0").output
+    assert json.loads(run("jobs", "retry", "job-0", "--from-start", "--json").stdout) == new
+    watched = run("jobs", "retry", "job-0", "--watch")
+    assert watched.exit_code == 0
+    assert "✓ succeeded" in watched.output
+    posts = [asked.query for asked in server.asked if asked.method == "POST"]
+    assert posts == [{}, {"from_start": "true"}, {}]
+
+
+def test_several_jobs_are_deleted_and_each_refusal_is_told(server: Server) -> None:
+    refusal = "The job is running: cancel it, then delete it"
+    server.on("DELETE /jobs/a", Answer(b"", 204))
+    server.on("DELETE /jobs/b", answer_problem(409, "illegal_transition", refusal))
+    server.on("DELETE /jobs/c", Answer(b"", 204))
+    result = run("jobs", "rm", "a", "b", "c")
+    assert result.exit_code == 1
+    assert result.stdout.splitlines() == ["Job a is deleted.", "Job c is deleted."]
+    assert result.stderr == f"error: b: {refusal}\n"
+    as_json = run("jobs", "rm", "b", "c", "--json")
+    assert as_json.exit_code == 1
+    assert json.loads(as_json.stdout) == {
+        "deleted": ["c"],
+        "refused": [{"id": "b", "code": "illegal_transition", "detail": refusal}],
+    }
+    assert run("jobs", "rm", "a", "c").exit_code == 0
+    assert run("jobs", "rm").exit_code == 2
+
+
+def test_a_deletion_stops_at_a_server_that_is_away(server: Server) -> None:
+    server.on("DELETE /jobs/a", Answer(b"", 502, "text/plain"))
+    assert run("jobs", "rm", "a", "b").exit_code == 3
+    assert len(server.asked) == 1
+
+
+def test_logs_are_printed_as_they_are(server: Server) -> None:
+    text = "epoch [1] of 2\nKilled"
+    server.on("GET /jobs/job-1/logs", Answer(text.encode(), 200, "text/plain; charset=utf-8"))
+    assert run("jobs", "logs", "job-1").stdout == f"{text}\n"
+    as_json = run("jobs", "logs", "job-1", "--attempt", "2", "--json")
+    assert json.loads(as_json.stdout) == {"job_id": "job-1", "attempt": 2, "text": text}
+    assert [asked.query for asked in server.asked] == [{}, {"attempt": "2"}]
+    server.on("GET /jobs/job-1/logs", Answer(b"", 200, "text/plain; charset=utf-8"))
+    nothing = run("jobs", "logs", "job-1")
+    assert (nothing.stdout, nothing.exit_code) == ("", 0)
+    assert nothing.stderr == "Its trainer has printed nothing.\n"
+    assert run("jobs", "logs", "job-1", "--attempt", "0").exit_code == 2
+
+
+def test_workers_are_listed_with_their_devices_and_who_uses_them(server: Server) -> None:
+    document = {"items": [worker_document()], "next": None}
+    server.on("GET /workers", answer_json(document))
+    rows = [line.rstrip() for line in run("workers").output.splitlines()]
+    assert rows[0].split() == ["host", "status", "slots", "devices", "running", "seen"]
+    assert rows[1].split()[:3] == ["alpha", "active", "1/2"]
+    assert "CPU: AMD EPYC, 16 cores, 128.0 GiB" in rows[1]
+    assert rows[1].split("128.0 GiB")[1].split()[0] == "job-1"
+    assert rows[2].strip() == "GPU 0: NVIDIA H100, 80.0 GiB, free"
+    assert rows[3].strip() == "GPU 1: NVIDIA H100, 80.0 GiB, job job-1"
+    assert json.loads(run("workers", "--json").stdout) == document
+    server.on("GET /workers", answer_json({"items": [], "next": None}))
+    assert "Start one: skipline worker" in run("workers").output
+
+
 def test_lists_are_printed_as_json_on_request(server: Server) -> None:
     server.on("GET /jobs", answer_json({"items": [job_document()], "next": None}))
     server.on("GET /datasets", answer_json({"items": [], "next": None, "builtin": []}))
@@ -365,6 +560,38 @@ def test_a_job_is_shown_with_its_error_and_spec(server: Server) -> None:
         *(["created", "Event", str(number)] for number in range(3, 10)),
         ["failed", "Event", "10"],
     ]
+
+
+def test_a_job_is_shown_with_where_it_comes_from_and_how_its_attempts_ended(
+    server: Server,
+) -> None:
+    spec = job_document()["spec"] | {"priority": 3, "after": "job-9"}
+    job = job_document(
+        spec=spec, parent_id="job-0", attempt=2, queue_position=2, estimated_start_at=soon(240)
+    )
+    attempts = [
+        attempt_document(1, gpus=[0, 2], outcome="lost", reason="Killed by signal 9"),
+        attempt_document(2, host="beta", ended_at=soon(0), outcome="released", reason="Draining"),
+    ]
+    server.on("GET /jobs/job-1", answer_json(job))
+    server.on("GET /jobs/job-1/attempts", answer_json({"items": attempts, "next": None}))
+    for path in ("checkpoints", "events"):
+        server.on(f"GET /jobs/job-1/{path}", answer_json({"items": [], "next": None}))
+    rows = [line.split() for line in run("jobs", "show", "job-1").output.splitlines()]
+    for row in (
+        ["status", "queued", "no.", "2", "in", "the", "queue"],
+        ["starts", "in", "4", "min"],
+        ["priority", "3"],
+        ["parent", "job-0"],
+    ):
+        assert row in rows
+    first, second = rows[-2:]
+    assert first[:4] == ["1", "alpha", "0,", "2"]
+    assert " ".join(first).endswith("1 min 5 s lost Killed by signal 9")
+    assert (second[:3], second[-2:]) == (["2", "beta", "-"], ["released", "Draining"])
+    waiting = job_document(spec=spec)
+    server.on("GET /jobs/job-1", answer_json(waiting))
+    assert "queued  waits for job job-9" in run("jobs", "show", "job-1").output
 
 
 def test_metrics_are_a_table_csv_json_or_a_picture(server: Server, tmp_path: Path) -> None:

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import socket
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from skipline import ServerUnreachable, Skipline, SkiplineError
-from skipline.schemas import EndEvent, JobKind, JobStatus, MetricEvent, RewindEvent
+from skipline.schemas import EndEvent, Event, Job, JobKind, JobStatus, MetricEvent, RewindEvent
 from skipline.specs import AdamW, TrainSpec
 from tests.skipline.replay import (
     RECIPE,
@@ -18,15 +20,18 @@ from tests.skipline.replay import (
     answer_events,
     answer_json,
     answer_problem,
+    attempt_document,
     event,
     event_document,
     job_document,
     metric_event,
     report_document,
     summary_document,
+    worker_document,
 )
 
 METRICS = "GET /jobs/job-1/metrics"
+LOST = Answer(lost=True)
 
 
 @pytest.fixture
@@ -204,6 +209,24 @@ def test_a_stream_gives_up_when_its_patience_has_run_out(server: Server) -> None
     assert len(server.asked) >= 2
 
 
+def test_a_cut_stream_of_events_is_taken_up_like_one_of_metrics(server: Server) -> None:
+    happened = [event("event", number, event_document(number)) for number in (1, 2, 3)]
+    server.on(
+        "GET /jobs/job-1/events",
+        in_turn(
+            answer_events(happened[0], happened[1][:20], cut=True),
+            answer_events(*happened[1:], event("end", None, {"status": "cancelled"})),
+        ),
+    )
+    with Skipline() as client:
+        events = list(client.stream_events("job-1"))
+    assert [item.message for item in events if isinstance(item, Event)] == [
+        "Event 1", "Event 2", "Event 3",
+    ]  # fmt: skip
+    assert events[-1] == EndEvent(status=JobStatus.cancelled, id=3)
+    assert [asked.headers.get("last-event-id") for asked in server.asked] == [None, "1"]
+
+
 def test_a_stream_of_an_unknown_job_is_refused_at_once(server: Server) -> None:
     with Skipline() as client, pytest.raises(SkiplineError, match="no such thing"):
         list(client.stream_metrics("job-1"))
@@ -318,3 +341,128 @@ def test_events_are_followed_to_the_last_page(server: Server) -> None:
         (3, "warning"),
     ]
     assert server.asked[1].query["after"] == "2"
+
+
+POSTING: dict[str, Callable[[Skipline], Job]] = {
+    "train": lambda client: client.train(dataset="digits"),
+    "dry_run": lambda client: client.dry_run(dataset="digits"),
+    "evaluate": lambda client: client.evaluate("job-0", "digits"),
+    "submit": lambda client: client.submit({"dataset": "digits"}),
+    "add_dataset": lambda client: client.add_dataset(builtin="digits"),
+    "retry": lambda client: client.retry("job-0", from_start=True),
+}
+WITH_KEY: dict[str, Callable[[Skipline], Job]] = {
+    "train": lambda client: client.train(dataset="digits", idempotency_key="mine"),
+    "dry_run": lambda client: client.dry_run(dataset="digits", idempotency_key="mine"),
+    "evaluate": lambda client: client.evaluate("job-0", "digits", idempotency_key="mine"),
+    "submit": lambda client: client.submit({"dataset": "digits"}, idempotency_key="mine"),
+    "add_dataset": lambda client: client.add_dataset(builtin="digits", idempotency_key="mine"),
+    "retry": lambda client: client.retry("job-0", idempotency_key="mine"),
+}
+
+
+def on_every_posting(server: Server, answer: Callable[[Asked], Answer] | Answer) -> None:
+    for path in ("/jobs", "/datasets", "/jobs/job-0/retry"):
+        server.on(f"POST {path}", answer)
+
+
+@pytest.mark.parametrize("name", POSTING)
+def test_a_lost_answer_makes_no_second_job(server: Server, name: str) -> None:
+    """What is sent again has the key of the first time; another call has a key of its own."""
+    made: dict[str, int] = {}
+
+    def answer(asked: Asked) -> Answer:
+        key = asked.headers["idempotency-key"]
+        made[key] = made.get(key, 0) + 1
+        return LOST if made[key] == 1 else answer_json(job_document(id=key), 202)
+
+    on_every_posting(server, answer)
+    with Skipline() as client:
+        first = POSTING[name](client)
+        second = POSTING[name](client)
+    assert made == {first.id: 2, second.id: 2}
+    assert server.asked[0].body == server.asked[1].body
+    assert server.asked[0].query == server.asked[1].query
+
+
+@pytest.mark.parametrize("name", WITH_KEY)
+def test_a_given_key_is_sent(server: Server, name: str) -> None:
+    on_every_posting(server, answer_json(job_document(), 202))
+    with Skipline() as client:
+        WITH_KEY[name](client)
+    assert [asked.headers["idempotency-key"] for asked in server.asked] == ["mine"]
+    assert b"mine" not in server.asked[0].body
+
+
+def test_a_new_job_is_given_up_when_the_patience_has_run_out(server: Server) -> None:
+    server.on("POST /jobs", LOST)
+    with Skipline(patience=0.3) as client, pytest.raises(ServerUnreachable):
+        client.train(dataset="digits")
+    assert len(server.asked) >= 2
+
+
+def test_a_new_job_waits_for_no_server_that_was_never_there(refused_url: str) -> None:
+    began = time.monotonic()
+    with Skipline(refused_url, patience=60) as client, pytest.raises(ServerUnreachable):
+        client.train(dataset="digits")
+    assert time.monotonic() - began < 10
+
+
+def test_a_refused_job_is_not_sent_again(server: Server) -> None:
+    server.on("POST /jobs", answer_problem(409, "idempotency_mismatch", "Another request"))
+    with Skipline() as client, pytest.raises(SkiplineError) as caught:
+        client.train(dataset="digits", idempotency_key="mine")
+    assert caught.value.code == "idempotency_mismatch"
+    assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("action", "status"),
+    [
+        ("cancel", "cancelling"),
+        ("pause", "pausing"),
+        ("resume", "queued"),
+        ("stop", "stopping"),
+    ],
+)
+def test_an_action_returns_the_job_as_it_is_then(server: Server, action: str, status: str) -> None:
+    server.on(f"POST /jobs/job-1/{action}", answer_json(job_document(status=status)))
+    with Skipline() as client:
+        job: Job = getattr(client, action)("job-1")
+    assert job.status == status
+
+
+def test_a_retry_is_a_new_job_from_the_last_checkpoint_or_from_the_start(server: Server) -> None:
+    server.on("POST /jobs/job-0/retry", answer_json(job_document(parent_id="job-0"), 202))
+    with Skipline() as client:
+        assert client.retry("job-0").parent_id == "job-0"
+        client.retry("job-0", from_start=True)
+    assert [asked.query for asked in server.asked] == [{}, {"from_start": "true"}]
+
+
+def test_a_deletion_is_done_or_refused(server: Server) -> None:
+    server.on("DELETE /jobs/job-1", Answer(b"", 204))
+    server.on("DELETE /jobs/job-2", answer_problem(409, "in_use", "The job job-3 waits for it"))
+    with Skipline() as client:
+        client.delete("job-1")
+        with pytest.raises(SkiplineError, match="job-3 waits") as caught:
+            client.delete("job-2")
+    assert (caught.value.code, caught.value.status) == ("in_use", 409)
+
+
+def test_attempts_logs_and_workers_are_typed(server: Server) -> None:
+    attempts = [attempt_document(1, outcome="lost", reason="killed"), attempt_document(2)]
+    server.on("GET /jobs/job-1/attempts", answer_json({"items": attempts, "next": None}))
+    text = Answer("épilogue\n".encode(), 200, "text/plain; charset=utf-8")
+    server.on("GET /jobs/job-1/logs", text)
+    server.on("GET /jobs/job-2/logs", Answer(b"<h1>", 200, "text/html"))
+    server.on("GET /workers", answer_json({"items": [worker_document()], "next": None}))
+    with Skipline() as client:
+        assert [attempt.outcome for attempt in client.attempts("job-1")] == ["lost", "succeeded"]
+        assert client.logs("job-1") == "épilogue\n"
+        client.logs("job-1", attempt=2)
+        with pytest.raises(SkiplineError, match="not Skipline's"):
+            client.logs("job-2")
+        (worker,) = client.workers()
+    assert [asked.query for asked in server.asked[1:3]] == [{}, {"attempt": "2"}]
+    assert [device.job_id for device in worker.devices] == [None, None, "job-1"]

@@ -11,6 +11,7 @@ from skipline.cli.output import (
     format_kind,
     format_metric,
     format_result,
+    format_wait,
     sparkline,
 )
 from skipline.schemas import JobKind
@@ -46,6 +47,24 @@ def test_durations_are_told_in_two_units(seconds: float, text: str) -> None:
 def test_ages_are_told_in_one_unit_and_old_ones_as_dates(seconds: int, text: str) -> None:
     now = datetime(2026, 11, 1, 12, tzinfo=UTC)
     assert format_age(now - timedelta(seconds=seconds), now) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (-300, "any moment"),
+        (9, "any moment"),
+        (40, "in 40 s"),
+        (59.7, "in 1 min"),
+        (89, "in 1 min"),
+        (91, "in 2 min"),
+        (3590, "in 1 h"),
+        (2.6 * 86_400, "in 3 days"),
+    ],
+)
+def test_waits_are_told_in_the_nearest_unit(seconds: float, text: str) -> None:
+    now = datetime(2026, 11, 1, 12, tzinfo=UTC)
+    assert format_wait(now + timedelta(seconds=seconds), now) == text
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,7 @@ def test_the_defaults_are_those_of_the_contract() -> None:
     assert spec["checkpoint"] == {
         "keep_best": 1,
         "keep_last": 1,
+        "keep_every_epochs": None,
         "every_epochs": 1,
         "every_minutes": 10,
         "monitor": "val_loss",

@@ -7,39 +7,48 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 from shared.errors import TrainingError
 
-RESERVED_BYTES = 256 * 2**20
-"""Left free for the database and checkpoints, which matter more than a dataset."""
+What = Literal["the dataset", "a checkpoint"]
+_HINTS: dict[What, str] = {
+    "the dataset": "Free disk below SKIPLINE_HOME (the folder cache can be deleted at any time), "
+    "then retry",
+    "a checkpoint": "Free disk where checkpoints are kept, by deleting jobs that are not needed "
+    "for one, then retry: the job goes on from its last checkpoint",
+}
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""The disk, the quota or the limit of a file's size is reached."""
 
 
-def check_free_disk(folder: Path, num_bytes: int) -> None:
-    """Refuses to begin what cannot end.
+def check_free_disk(
+    folder: Path, num_bytes: int, reserved_bytes: int, what: What = "the dataset"
+) -> None:
+    """Refuses to begin what cannot end. `reserved_bytes` are left for the database, which matters
+    more.
 
     Raises:
         TrainingError: `disk_full`, with the bytes that are needed and that are free.
     """
-    free = shutil.disk_usage(folder).free
-    if num_bytes + RESERVED_BYTES > free:
-        raise disk_full(f"{num_bytes + RESERVED_BYTES} bytes are needed and {free} are free")
+    free, needed = shutil.disk_usage(folder).free, num_bytes + reserved_bytes
+    if needed > free:
+        raise disk_full(f"{needed} bytes are needed and {free} are free", what)
 
 
 @contextmanager
-def full_disk_is_reported(what: str = "the dataset") -> Iterator[None]:
-    """Turns the system's error of a full disk or quota, met while `what` is written, into
-    `disk_full`."""
+def full_disk_is_reported(what: What = "the dataset") -> Iterator[None]:
+    """Turns the system's error of a full disk or quota, or of a file that may not grow, met while
+    `what` is written, into `disk_full`."""
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in _NO_SPACE:
             raise disk_full(f"it filled up while {what} was written", what) from error
         raise
 
 
-def disk_full(detail: str, what: str = "the dataset") -> TrainingError:
+def disk_full(detail: str, what: What = "the dataset") -> TrainingError:
     return TrainingError(
-        "disk_full",
-        f"There is not enough free disk for {what}: {detail}",
-        "Free disk below SKIPLINE_HOME (the folder cache can be deleted at any time), then retry",
+        "disk_full", f"There is not enough free disk for {what}: {detail}", _HINTS[what]
     )

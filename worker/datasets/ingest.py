@@ -85,7 +85,7 @@ def ingest(
         Interrupted: `should_stop()` became true.
     """
     _check_source(source, val_fraction, settings)
-    check_free_disk(folder, source.num_bytes)
+    check_free_disk(folder, source.num_bytes, settings.reserved_disk_bytes)
     with full_disk_is_reported():
         images, unreadable = _read_images(source, folder, settings, progress, should_stop)
     if not len(images):

@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from shared.errors import AppError
 from shared.vision.preprocessing import decode_image, to_square
+from worker.datasets import cache
 from worker.datasets.disk import check_free_disk, full_disk_is_reported
 from worker.datasets.index import (
     IMAGES_FILE,
@@ -71,6 +72,7 @@ def pack(
     dataset_hash: str,
     *,
     max_pixels: int,
+    reserved_bytes: int = 0,
     num_threads: int = 0,
     progress: Callable[[int, int | None], None] = lambda done, total: None,
     should_stop: Callable[[], bool] = never,
@@ -79,7 +81,8 @@ def pack(
 
     One process makes it while others that want it wait; what a killed one left is cleared away.
     It appears in the cache whole or not at all, and only if the stored files are those that
-    `dataset_hash` is of. `num_threads`: 0 takes as many as cores.
+    `dataset_hash` is of. It stays there as long as this process lives, unless somebody deletes it
+    by hand. `reserved_bytes` of disk are left free; `num_threads`: 0 takes as many as cores.
 
     Raises:
         TrainingError: `dataset_damaged`, `dataset_changed`, `disk_full`.
@@ -87,18 +90,19 @@ def pack(
     """
     parent = cache_root / dataset_hash
     target = parent / str(image_size)
+    lock, building = cache.lock_path(target), cache.partial_path(target)
     if (packed := _open(target, image_size)) is not None:
         return packed
     parent.mkdir(parents=True, exist_ok=True)
-    with full_disk_is_reported(), exclusive(parent / f".{image_size}.lock", should_stop):
+    with full_disk_is_reported(), exclusive(lock, should_stop):
         if (packed := _open(target, image_size)) is not None:
             return packed
-        building = parent / f".{image_size}.partial"
         for leftover in (building, target):
             shutil.rmtree(leftover, ignore_errors=True)
         index = read_index(dataset_folder)
         num_images = sum(map(len, index.splits.values()))
-        check_free_disk(parent, num_images * (image_size**2 * 3 + LABEL_BYTES))
+        num_bytes = num_images * (image_size**2 * 3 + LABEL_BYTES)
+        check_free_disk(parent, num_bytes, reserved_bytes)
         mean_bytes = (dataset_folder / IMAGES_FILE).stat().st_size / num_images
         threads = decode_threads(mean_bytes, num_threads)
         packer = _Packer(dataset_folder, building, image_size, dataset_hash, max_pixels, threads)
@@ -120,7 +124,9 @@ def pack(
 
 
 def _open(folder: Path, image_size: int) -> PackedDataset | None:
-    """The packed dataset there, if it is whole."""
+    """The packed dataset there, if it is whole; kept by this process from being cleared away."""
+    if not cache.hold(folder):
+        return None
     try:
         facts = json.loads((folder / PACK_FILE).read_text(encoding="utf-8"))
         packed = PackedDataset(folder, image_size, tuple(facts["classes"]), dict(facts["counts"]))

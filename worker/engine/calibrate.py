@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -41,6 +41,7 @@ def measure_precisions(
     *,
     channels_last: bool,
     budget_seconds: float = BUDGET_SECONDS,
+    before_step: Callable[[], None] = lambda: None,
 ) -> dict[Precision, float]:
     """Images per second of training steps in each precision, on noise, the model left alone. Where
     memory is short, of fewer images at a time.
@@ -49,12 +50,20 @@ def measure_precisions(
         multiply_adds: of one image, forward.
         runtime: of which all but the precision is taken.
         budget_seconds: no step begins after that, but that each precision gets one.
+        before_step: called before each; may raise to end early.
     """
     num_images = _num_images(runtime.device, multiply_adds)
     while True:
         try:
             return _measure(
-                model, image_size, num_images, runtime, precisions, channels_last, budget_seconds
+                model,
+                image_size,
+                num_images,
+                runtime,
+                precisions,
+                channels_last,
+                budget_seconds,
+                before_step,
             )
         except torch.OutOfMemoryError:
             if num_images <= NUM_IMAGES[runtime.device][0]:
@@ -73,6 +82,7 @@ def _measure(
     precisions: Sequence[Precision],
     channels_last: bool,
     budget_seconds: float,
+    before_step: Callable[[], None],
 ) -> dict[Precision, float]:
     begun = time.perf_counter()
     device = runtime.torch_device
@@ -83,6 +93,7 @@ def _measure(
     x = x.to(device, memory_format=memory_format)
 
     def step(precision: Precision) -> float:
+        before_step()
         start = time.perf_counter()
         with replace(runtime, precision=precision).autocast():
             logits = model(x).float()

@@ -30,6 +30,8 @@ class TrainingCheckpoint:
     """Validation of these weights (`val_loss`, `val_top1`, `val_top5`); empty within an epoch."""
     is_best: bool
     """The monitored metric is the best of all checkpoints so far; never so within an epoch."""
+    is_kept: bool
+    """It stands at the end of an epoch whose checkpoint is kept for good."""
     weights: Weights
     """For `shared.vision.bundle.write_bundle`."""
     resume: Mapping[str, Any]
@@ -70,17 +72,29 @@ class Released(Interrupted):
     last one says it all."""
 
 
-Request = Literal["cancel", "release"]
+Request = Literal["cancel", "release", "stop"]
+"""`cancel` and `release` interrupt whatever is done. `stop` asks a training to do no more steps and
+to come to its result."""
 
 
 class Control:
-    """A flag that another thread sets and training looks at before every batch."""
+    """A flag that another thread sets and training looks at before every batch.
+
+    Attributes:
+        request: what is asked for now.
+        was_stopped: an attempt before this one was asked to stop already.
+    """
 
     request: Request | None = None
+    was_stopped: bool = False
 
     def look(self) -> Request | None:
         """What is asked for now."""
-        return self.request
+        return self.request or ("stop" if self.was_stopped else None)
+
+    def interrupts(self) -> bool:
+        """Whether the work shall be left as it is."""
+        return self.look() in ("cancel", "release")
 
     def check(self) -> None:
         """Raises `Cancelled` or `Released` once asked to."""

@@ -15,8 +15,18 @@ RESUME_FILE = "resume.pt"
 
 
 def save_resume(path: Path, state: Mapping[str, Any]) -> None:
-    """Writes what `TrainingCheckpoint.resume` holds."""
-    torch.save(state, path)
+    """Writes what `TrainingCheckpoint.resume` holds.
+
+    Raises:
+        OSError: the disk is full, or does not write. Torch, given a path, would not say which.
+    """
+    with path.open("wb") as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # Its archive could not be ended after a write had failed.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def load_resume(path: Path) -> dict[str, Any]:

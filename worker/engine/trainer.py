@@ -46,7 +46,7 @@ PROGRESS_SECONDS = 1.0
 RATE_SECONDS = 20.0
 """Images per second are measured over about this long."""
 
-EarlyEnd = Literal["early_stopping", "time_budget"]
+EarlyEnd = Literal["user", "early_stopping", "time_budget"]
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,13 @@ class _Decision(IntEnum):
     go_on = 0
     cancel = 1
     release = 2
-    checkpoint = 3
-    stop = 4
+    stop = 3
+    checkpoint = 4
+    time_is_over = 5
+
+
+_ENDS: dict[_Decision, EarlyEnd] = {_Decision.stop: "user", _Decision.time_is_over: "time_budget"}
+"""Decisions to train no more steps."""
 
 
 class _Window:
@@ -246,8 +251,8 @@ class Trainer:
         start = time.perf_counter() - self.epoch_seconds
         first_step = self.epoch * self.steps_per_epoch
         self.train_epoch(start)
-        if self.step == first_step:
-            return  # The time was over before it began.
+        if self.step == first_step and self.metrics:
+            return  # It ended before it began, with weights that are validated already.
         trained = time.perf_counter()
         evaluation = self.validate()
         self.epoch_seconds = time.perf_counter() - start
@@ -259,8 +264,8 @@ class Trainer:
         self.restart_clocks()
         for batch, draws, seed in self.epoch_batches(self.epoch + 1, first):
             decision = self.decide()
-            if decision is _Decision.stop:
-                self.stop_reason = "time_budget"
+            if decision in _ENDS:
+                self.stop_reason = _ENDS[decision]
                 self.write_window()
                 return
             if decision is _Decision.checkpoint:
@@ -339,10 +344,11 @@ class Trainer:
             self.sink.event(
                 "info", "lr_reduced", f"The learning rate is {lr:g} from now on", {"lr": lr}
             )
-        if self.patience.is_over(self.metrics) and self.epoch < self.spec.epochs:
+        is_last = self.epoch == self.spec.epochs
+        if self.patience.is_over(self.metrics) and not is_last and self.stop_reason != "user":
             self.stop_reason = "early_stopping"
         is_due = self.epoch % self.spec.checkpoint.every_epochs == 0
-        if is_due or self.stop_reason or self.epoch == self.spec.epochs:
+        if is_due or is_last or self.stop_reason or self.is_kept():
             self.save_checkpoint(self.metrics)
 
     # What is told
@@ -376,7 +382,7 @@ class Trainer:
             return _Decision[request]
         budget = self.spec.time_budget_seconds
         if budget is not None and self.step and self.training_seconds > budget:
-            return _Decision.stop
+            return _Decision.time_is_over
         is_stored = self.saved_at == (self.step, self.epoch)
         return (
             _Decision.checkpoint if self.is_checkpoint_old() and not is_stored else _Decision.go_on
@@ -484,6 +490,7 @@ class Trainer:
                 step=self.step,
                 metrics=dict(metrics),
                 is_best=is_best,
+                is_kept=bool(metrics) and self.is_kept(),
                 weights=self.learner.weights(),
                 resume=self.state_dict(),
             )
@@ -493,6 +500,12 @@ class Trainer:
     def is_best(self, value: float) -> bool:
         """The first of equals stays the best."""
         return self.best is None or improves(self.spec, value, self.best.value)
+
+    def is_kept(self) -> bool:
+        """Whether these weights end an epoch, that is validated, whose checkpoint is kept."""
+        every = self.spec.checkpoint.keep_every_epochs
+        is_whole = self.step == self.epoch * self.steps_per_epoch
+        return every is not None and is_whole and self.epoch % every == 0
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -527,6 +540,9 @@ class Trainer:
         self.last_finite_loss = state["last_finite_loss"]
         self.epoch_seconds = state["epoch_seconds"]
         self.seconds_before = state["training_seconds"]
+        if self.stop_reason == "user" and not self.ranks.agree(self.control.look() == "stop"):
+            # Another job goes on where one was stopped: with the epoch that was broken off.
+            self.stop_reason, self.epoch = None, self.step // self.steps_per_epoch
         self.saved_at = (self.step, self.epoch)
         self.stored_validation = state["stored_validation"]
         self.sink.event(

@@ -20,6 +20,7 @@ def run(context: Context) -> None:
         Cancelled, Released, worker.datasets.locks.Interrupted: it was asked to end.
         TrainingError, AppError: it cannot be done.
     """
+    context.control.was_stopped = context.job.stop_requested
     remove_unregistered(context)
     match context.spec:
         case TrainSpec() as spec if context.job.kind == JobKind.dry_run:

@@ -33,7 +33,8 @@ class Context:
     spec: AnySpec
 
     def should_stop(self) -> bool:
-        return self.control.request is not None
+        """Whether to leave off work that is no training, which alone can be stopped early."""
+        return self.control.interrupts()
 
     def show_images(self, done: int, total: int | None) -> None:
         """Progress of a job whose steps are images."""
@@ -61,9 +62,9 @@ class Context:
 def remove_unregistered(context: Context) -> None:
     """Deletes what was written for the job and never came to be registered."""
     job_id = context.fence.job_id
+    prefixes = (f"jobs/{job_id}", f"datasets/{job_id}")
+    keys = [key for prefix in prefixes for key in context.storage.keys(prefix)]
     with context.database.read_scope() as session:
-        registered = repository.registered_keys(session, job_id)
-    for prefix in (f"jobs/{job_id}", f"datasets/{job_id}"):
-        for key in context.storage.keys(prefix):
-            if key not in registered:
-                context.storage.delete(key)
+        unnamed = repository.unnamed_keys(session, keys)
+    for key in unnamed:
+        context.storage.delete(key)

@@ -14,6 +14,7 @@ from shared.tables import Dataset
 from skipline.catalog import BUILTIN_DATASETS
 from skipline.schemas import JobStatus
 from skipline.specs import IngestSpec
+from worker.datasets.cache import packed_path
 from worker.datasets.files import open_files
 from worker.datasets.ingest import DatasetRecord, ingest
 from worker.datasets.packing import pack
@@ -133,9 +134,10 @@ def images_of(
     return pack(
         folder,
         image_size,
-        settings.cache_path / "packed",
+        packed_path(settings),
         dataset.hash,
         max_pixels=settings.max_image_pixels,
+        reserved_bytes=settings.reserved_disk_bytes,
         num_threads=torch.get_num_threads(),
         progress=context.show_images,
         should_stop=context.should_stop,

@@ -6,11 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from sqlalchemy.orm import Session
 
 from shared import repository
-from shared.errors import CheckpointCorrupt, TrainingError
-from shared.tables import Checkpoint
+from shared.errors import CheckpointCorrupt, ModelNotFound, NoCheckpointYet, TrainingError
+from shared.tables import Checkpoint, Dataset
 from shared.vision.bundle import Bundle, read_bundle
+from skipline.catalog import SpecRefused, resolve_evaluation
 from skipline.schemas import Report
 from skipline.specs import EvaluateSpec
 from worker.engine.data import DataPath, FileData, SplitData
@@ -25,9 +27,9 @@ from worker.jobs.runtime import evaluation_runtime, num_loaders
 def evaluate(context: Context, spec: EvaluateSpec) -> None:
     """Measures a checkpoint on a split."""
     dataset = dataset_of(context, spec.dataset)
-    with context.database.read_scope() as session:
-        checkpoint = repository.find_model(session, context.job.checkpoint_id or spec.model)
+    checkpoint = model_of(context, spec.model)
     bundle, _ = bundle_of(context, checkpoint)
+    spec = resolved(context, spec, dataset, bundle)
     images = images_of(context, dataset, bundle.preprocessing.image_size, "auto")
     assert spec.split is not None, "stored specs are resolved"
     data = split_data(images, spec.split, num_loaders(context.settings))
@@ -45,6 +47,48 @@ def evaluate(context: Context, spec: EvaluateSpec) -> None:
         checkpoint_id=checkpoint.id,
     )
     context.succeed(result_of(report), report)
+
+
+def model_of(context: Context, reference: str) -> Checkpoint:
+    """The checkpoint that a job works with. One that waited for the job that made it finds it when
+    it begins, and keeps to it.
+
+    Raises:
+        TrainingError: `model_not_found`, `no_checkpoint_yet`.
+    """
+
+    def pin(session: Session) -> Checkpoint:
+        checkpoint = repository.pin_model(session, reference)
+        repository.store_checkpoint_id(session, context.fence, checkpoint.id)
+        return checkpoint
+
+    try:
+        if context.job.checkpoint_id is None:
+            return context.sink.persist(pin)
+        with context.database.read_scope() as session:
+            return repository.find_model(session, context.job.checkpoint_id)
+    except (ModelNotFound, NoCheckpointYet) as error:
+        hint = "Name a training that has succeeded, or one of its checkpoints"
+        raise TrainingError(error.code, error.detail, hint) from None
+
+
+def resolved(
+    context: Context, spec: EvaluateSpec, dataset: Dataset, bundle: Bundle
+) -> EvaluateSpec:
+    """The evaluation of this model on this dataset, both of which a name may have stood for when it
+    was stored.
+
+    Raises:
+        TrainingError: `invalid_spec`: the split does not exist, or the classes are not the model's.
+    """
+    with context.database.read_scope() as session:
+        facts, _ = repository.dataset_facts(session, dataset.id)
+    try:
+        return resolve_evaluation(spec, facts, bundle.classes)
+    except SpecRefused as error:
+        raise TrainingError(
+            error.code, error.items[0]["message"], "Evaluate on the dataset that it was trained on"
+        ) from None
 
 
 def evaluation_of(

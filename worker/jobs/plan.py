@@ -17,6 +17,7 @@ from torch import nn
 
 from shared.errors import TrainingError
 from shared.lifecycle import Fence
+from shared.settings import Settings
 from shared.storage import Storage
 from shared.vision.bundle import Bundle, BundleDataset, read_bundle
 from shared.vision.preprocessing import Preprocessing
@@ -74,10 +75,11 @@ class Plan:
             metrics=dict(checkpoint.metrics),
         )
 
-    def prepare(self, sink: DatabaseSink) -> None:
+    def prepare(self, sink: DatabaseSink, settings: Settings) -> None:
         """Tells the sink what it has to know of checkpoints."""
         sink.describe = self.describe
         sink.keep = self.spec.checkpoint
+        sink.reserved_disk_bytes = settings.reserved_disk_bytes
 
     def data(self) -> tuple[SplitData, SplitData]:
         """The images to train on and those that select the best checkpoint.

@@ -50,6 +50,7 @@ def measured_speeds(
     multiply_adds: int,
     runtime: Runtime,
     cache: Path,
+    before_step: Callable[[], None] = lambda: None,
 ) -> Speeds:
     """The speeds of the precisions that `auto` chooses from, from the cache if they are there.
 
@@ -57,6 +58,7 @@ def measured_speeds(
         build: makes the network, where it has to be tried.
         multiply_adds: of one image, forward.
         runtime: active already.
+        before_step: called before each step of a measurement; may raise to end it.
     """
     assert spec.image_size is not None, "stored specs are resolved"
     key = _key(spec, runtime)
@@ -71,6 +73,7 @@ def measured_speeds(
         runtime,
         candidates(runtime.device),
         channels_last=spec.channels_last,
+        before_step=before_step,
     )
     is_kept = runtime.device == "cuda" or not neighbours.crowd(runtime.num_threads)
     if is_kept:

@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeVar, cast
 
 import torch
@@ -27,6 +28,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from shared import logs
 from shared.database import Database
 from shared.errors import AppError, TrainingError
+from shared.hints import Hints
 from shared.settings import get_settings
 from shared.storage import Storage
 from skipline.schemas import Progress
@@ -45,7 +47,7 @@ LOOK_SECONDS = 0.05
 """How often a request is passed on, and a rank looks for its parent."""
 ORPHANED, FAILED = 70, 71
 """Exit codes of a rank whose parent is gone, and of one that failed."""
-REQUESTS: tuple[Request | None, ...] = (None, "cancel", "release")
+REQUESTS: tuple[Request | None, ...] = (None, "cancel", "release", "stop")
 OUT_OF_MEMORY = "cuda_out_of_memory"
 MAX_ERROR_BYTES = 16_384
 
@@ -145,6 +147,7 @@ def _result_of(outcome: _Outcome) -> Any:
 def _passing_on(control: Control, shared: _Shared) -> Iterator[None]:
     """Hands what this process is asked to do on to the ranks."""
     over = threading.Event()
+    shared.request[0] = REQUESTS.index(control.look())
 
     def pass_on() -> None:
         while not over.wait(LOOK_SECONDS):
@@ -197,8 +200,10 @@ def _take_part(plan: Plan, work: Work[Any], shared: _Shared) -> _Outcome | None:
     if not ranks.is_first:
         _outcome_of(lambda: work(plan, storage, _Silent(), control, ranks))
         return None
-    with DatabaseSink(Database(settings.database), storage, plan.fence, control) as sink:
-        plan.prepare(sink)
+    hints, database = Hints(settings), Database(settings.database)
+    on_written = partial(hints.publish, plan.fence.job_id)
+    with DatabaseSink(database, storage, plan.fence, control, on_written) as sink:
+        plan.prepare(sink, settings)
         outcome = _outcome_of(lambda: work(plan, storage, sink, control, ranks))
         sink.flush()
         return outcome

@@ -126,6 +126,7 @@ def _chosen(
             summary.multiply_adds,
             runtime,
             context.settings.cache_path / "precision.json",
+            context.control.check,
         )
     precision = speeds.fastest if spec.precision == "auto" else runtime.precision
     listed = ", ".join(f"{name} {rate:,.0f}" for name, rate in speeds.images_per_second.items())

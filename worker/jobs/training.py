@@ -23,7 +23,7 @@ from shared.vision.transfer import freeze
 from skipline.catalog import selection_split
 from skipline.plots import draw_samples
 from skipline.schemas import Summary
-from skipline.specs import ChannelsSpec, TrainSpec
+from skipline.specs import IMAGENET_WEIGHTS, ChannelsSpec, TrainSpec
 from worker.engine.augment import Augmentation
 from worker.engine.data import epoch_order
 from worker.engine.distributed import ALONE
@@ -32,7 +32,7 @@ from worker.engine.resume import RESUME_FILE, load_resume
 from worker.engine.runtime import out_of_memory
 from worker.jobs.context import Context, remove_unregistered
 from worker.jobs.datasets import dataset_of, images_of
-from worker.jobs.evaluation import evaluation_of, result_of
+from worker.jobs.evaluation import evaluation_of, model_of, result_of
 from worker.jobs.plan import Plan, Work, fit_plan, measure_plan
 from worker.jobs.ranks import RanksOutOfMemory, run_in_ranks
 from worker.jobs.runtime import num_loaders, stored_runtime, training_runtime
@@ -49,7 +49,7 @@ IMAGENET_CHANNELS = ChannelsSpec(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 
 def train(context: Context, spec: TrainSpec) -> None:
     """Trains, then writes the report of the best checkpoint."""
     plan, summary = plan_of(context, spec)
-    plan.prepare(context.sink)
+    plan.prepare(context.sink, context.settings)
     context.sink.persist(lambda session: repository.add_summary(session, context.fence, summary))
     with drawing_samples(context, plan):
         result = carry_out(context, plan, fit_plan)
@@ -138,6 +138,7 @@ def plan_of(context: Context, spec: TrainSpec) -> tuple[Plan, Summary]:
     images = images_of(context, dataset, spec.image_size, data_path)
     summary = network_summary(spec, len(dataset.classes))
     runtime = training_runtime(context, spec, dataset, images, summary, stored)
+    resume_key = last_key(context)
     plan = Plan(
         spec=spec,
         fence=context.fence,
@@ -149,8 +150,8 @@ def plan_of(context: Context, spec: TrainSpec) -> tuple[Plan, Summary]:
         accumulate_steps=spec.accumulate_steps,
         num_loaders=max(1, num_loaders(context.settings) // runtime.num_processes),
         weights_folder=context.settings.cache_path / "weights",
-        resume_key=last_key(context),
-        init_key=init_key(context),
+        resume_key=resume_key,
+        init_key=None if resume_key else init_key(context, spec),
     )
     return plan, summary
 
@@ -180,12 +181,16 @@ def preprocessing_of(spec: TrainSpec, dataset: Dataset) -> Preprocessing:
     )
 
 
-def init_key(context: Context) -> str | None:
-    """Where the checkpoint lies that the job starts from, if it does."""
-    if context.job.checkpoint_id is None:
+def init_key(context: Context, spec: TrainSpec) -> str | None:
+    """Where the checkpoint lies that the job starts from, if it does.
+
+    Raises:
+        TrainingError: as `worker.jobs.evaluation.model_of`.
+    """
+    if spec.model.init_from in (None, IMAGENET_WEIGHTS):
         return None
-    with context.database.read_scope() as session:
-        return repository.find_model(session, context.job.checkpoint_id).key
+    assert spec.model.init_from is not None
+    return model_of(context, spec.model.init_from).key
 
 
 def last_key(context: Context, *, goes_on: bool = False) -> str | None:
@@ -211,7 +216,7 @@ def last_key(context: Context, *, goes_on: bool = False) -> str | None:
             message = f"The checkpoint at step {row.step} is damaged: going back to one before"
             data = {"checkpoint_id": row.id, "detail": error.detail}
             context.sink.event("warning", "checkpoint_corrupt", message, data)
-    if goes_on or context.fence.attempt > 1:
+    if rows or goes_on or context.fence.attempt > 1:
         drop_later(context, chosen)
     return chosen.key if chosen else None
 
@@ -221,10 +226,11 @@ def drop_later(context: Context, chosen: Checkpoint | None) -> None:
     step, epoch, last_point = (
         (chosen.step, chosen.epoch, chosen.last_point) if chosen else (0, 0, 0)
     )
+    last_step = chosen.step if chosen else -1  # A run that never took a step has one at step 0.
 
     def drop(session: Session) -> list[str]:
         repository.rewind(session, context.fence, last_point=last_point, step=step, epoch=epoch)
-        return repository.forget_checkpoints_after(session, context.fence, step)
+        return repository.forget_checkpoints_after(session, context.fence, last_step)
 
     for key in context.sink.persist(drop):
         context.storage.delete(key)

@@ -16,7 +16,6 @@ from PIL import Image
 
 from shared.errors import TrainingError
 from shared.settings import Settings
-from worker.datasets import disk
 from worker.datasets import ingest as ingest_module
 from worker.datasets.folders import open_folder
 from worker.datasets.index import read_index
@@ -317,10 +316,10 @@ def test_it_stops_when_told(bring_in: BringIn, image: MakeImage) -> None:
 
 
 def test_too_little_free_disk_is_told_before_anything_is_written(
-    tmp_path: Path, bring_in: BringIn, image: MakeImage, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, bring_in: BringIn, image: MakeImage
 ) -> None:
-    monkeypatch.setattr(disk, "RESERVED_BYTES", 2**60)
-    assert code_of(bring_in, pets(image, 2)) == "disk_full"
+    limits = {"reserved_disk_bytes": 2**60}
+    assert code_of(bring_in, pets(image, 2), limits=limits) == "disk_full"
     assert list((tmp_path / "stored").iterdir()) == []
 
 

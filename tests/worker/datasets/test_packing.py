@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 from shared.errors import TrainingError
 from shared.settings import Settings
 from shared.vision.preprocessing import decode_image, to_square
-from worker.datasets import disk
+from worker.datasets.cache import bound, lock_path
 from worker.datasets.folders import open_folder
 from worker.datasets.index import read_index
 from worker.datasets.ingest import ingest
@@ -102,6 +103,14 @@ def test_an_unknown_split_is_a_key_error(stored: Stored, cache: Path) -> None:
 def test_the_second_time_nothing_is_packed(stored: Stored, cache: Path) -> None:
     first = pack_it(stored, cache)
     assert pack_it(stored, cache, progress=no_progress) == first
+
+
+def test_what_a_process_packed_stays_as_long_as_that_lives(stored: Stored, cache: Path) -> None:
+    mine, forgotten = pack_it(stored, cache).folder, cache / stored.hash / "16"
+    shutil.copytree(mine, forgotten)
+    lock_path(forgotten).touch()
+    bound(cache, 0)
+    assert (mine.exists(), forgotten.exists()) == (True, False)
 
 
 def test_each_image_size_is_packed_for_itself(stored: Stored, cache: Path) -> None:
@@ -199,13 +208,10 @@ def test_a_stored_dataset_that_is_another_is_told_and_not_packed(
     assert [path.name for path in (cache / stored.hash).iterdir()] == [".8.lock"]
 
 
-def test_too_little_free_disk_is_told_in_bytes(
-    stored: Stored, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(disk, "RESERVED_BYTES", 2**60)
+def test_too_little_free_disk_is_told_in_bytes(stored: Stored, cache: Path) -> None:
     needed = 2**60 + 163 * (8 * 8 * 3 + 8)
     with pytest.raises(TrainingError, match=f"{needed} bytes are needed") as caught:
-        pack_it(stored, cache)
+        pack_it(stored, cache, reserved_bytes=2**60)
     assert caught.value.code == "disk_full"
 
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from worker.engine import calibrate
 from worker.engine.calibrate import MAX_ROUNDS, candidates, measure_precisions
+from worker.engine.events import Cancelled
 from worker.engine.runtime import Precision, Runtime
 
 RUNTIME = Runtime("cpu", "fp32", 1)
@@ -51,6 +52,20 @@ def test_every_candidate_is_measured() -> None:
     assert list(speeds) == ["fp32", "bf16"]
     assert all(speed > 0 for speed in speeds.values())
     assert {torch.float32, torch.bfloat16} == set(Counted.dtypes)
+
+
+def test_it_ends_before_a_step_when_told() -> None:
+    looks = iter([None, None, Cancelled()])
+
+    def before_step() -> None:
+        if error := next(looks):
+            raise error
+
+    with pytest.raises(Cancelled):
+        measure_precisions(
+            Counted(), 8, HUGE, RUNTIME, BOTH, channels_last=True, before_step=before_step
+        )
+    assert len(Counted.dtypes) == 2
 
 
 def test_candidates_are_what_the_device_has() -> None:

@@ -90,6 +90,15 @@ def test_released_processes_end_with_the_bits_of_uninterrupted_ones(ranked: Rank
         assert results["resumed"]["points"] == results["fit"]["points"]
 
 
+def test_who_stops_the_first_process_stops_both_and_both_can_go_on(ranked: Ranked) -> None:
+    for results in (ranked.first, ranked.second):
+        assert (results["stopped"]["step"], results["stopped"]["reason"]) == (2, "user")
+        assert [p[:2] for p in results["stopped"]["points"] if p[0] == "val_loss"] == [
+            ("val_loss", 2)
+        ]
+        assert_equal(results["gone on"]["weights"], results["fit"]["weights"])
+
+
 def test_one_process_needs_nobodys_consent() -> None:
     assert ALONE.agree(3) == 3
     assert ALONE.gather("mine") == ["mine"]

@@ -12,6 +12,7 @@ from tests.worker.engine.tiny import (
     NUM_VAL,
     Recorder,
     ReleaseAt,
+    RequestAt,
     Run,
     Ticking,
     assert_same_run,
@@ -21,7 +22,7 @@ from tests.worker.engine.tiny import (
     tiny_spec,
 )
 from worker.engine import trainer
-from worker.engine.events import Released, Request
+from worker.engine.events import Cancelled, Control, Interrupted, Released, Request
 from worker.engine.trainer import Patience
 
 STEPS_PER_EPOCH = NUM_TRAIN // 4
@@ -206,6 +207,146 @@ def test_who_is_released_while_validating_the_last_weights_validates_them_next(
     assert (run.result.step, run.result.stop_reason) == (2, "time_budget")
     assert [(n, step) for n, step, _, _ in sink.points if n == "val_loss"] == [("val_loss", 2)]
     assert run.result.best.value == sink.values("val_loss")[0]
+
+
+# Stops
+
+
+def stopped(looks: int, sink: Recorder | None = None, **keys: Any) -> Run:
+    return run_fit(tiny_spec(epochs=9, **keys), sink=sink, control=ReleaseAt(looks, "stop"))
+
+
+def again(run: Recorder, folder: Path, control: Control | None = None, **keys: Any) -> Run:
+    """The next attempt, after the last checkpoint of the one before; by default told at once that
+    it was stopped."""
+    if control is None:
+        control = Control()
+        control.was_stopped = True
+    spec = tiny_spec(epochs=9, **keys)
+    resume = through_files(run.checkpoints[-1], spec, folder)
+    return run_fit(spec, sink=run, control=control, resume=resume)
+
+
+def places(run: Run) -> list[tuple[int, int, bool]]:
+    """Of the checkpoints: step, epoch, and whether these weights were validated."""
+    return [(c.step, c.epoch, bool(c.metrics)) for c in run.sink.checkpoints]
+
+
+def steps_validated(run: Run) -> list[int]:
+    return [step for name, step, _, _ in run.sink.points if name == "val_loss"]
+
+
+FIRST_EPOCH = STEPS_PER_EPOCH + VAL_LOOKS
+"""Looks of the first epoch."""
+
+
+@pytest.mark.parametrize(
+    ("looks", "expected", "validated"),
+    [
+        (1, [(0, 1, True)], [0]),
+        (3, [(2, 1, True)], [2]),
+        (STEPS_PER_EPOCH + 2, [(5, 1, True)], [5]),  # while it validates
+        (FIRST_EPOCH + 1, [(5, 1, True)], [5]),
+        (FIRST_EPOCH + 3, [(5, 1, True), (7, 2, True)], [5, 7]),
+    ],
+    ids=["before the first step", "within", "validating", "between", "within the second"],
+)
+def test_who_is_asked_to_stop_does_no_more_steps_and_validates_what_there_is(
+    looks: int, expected: list[tuple[int, int, bool]], validated: list[int]
+) -> None:
+    run = stopped(looks)
+    assert run.result.stop_reason == "user"
+    assert places(run) == expected
+    assert steps_validated(run) == validated
+    assert (run.result.epoch, run.result.step) == (expected[-1][1], expected[-1][0])
+    assert run.result.metrics == run.sink.checkpoints[-1].metrics
+    assert run.sink.progresses[-1].eta_seconds in (0, None)
+
+
+def test_a_stopped_run_keeps_an_older_best_checkpoint() -> None:
+    # A rate at which the second epoch's first steps make the network worse.
+    run = stopped(
+        FIRST_EPOCH + 3, optimizer={"name": "sgd", "lr": 2.0}, loss={"name": "cross_entropy"}
+    )
+    before, at_the_end = run.sink.values("val_loss")
+    assert at_the_end > before
+    assert [c.is_best for c in run.sink.checkpoints] == [True, False]
+    assert (run.result.best.step, run.result.best.value) == (5, before)
+
+
+def test_asked_while_the_last_epoch_is_validated_it_simply_ends() -> None:
+    spec = tiny_spec(epochs=2)
+    control = ReleaseAt(2 * FIRST_EPOCH - 1, "stop")
+    assert_same_run(run_fit(spec, control=control), run_fit(spec))
+
+
+def test_patience_that_ends_with_a_stop_does_not_take_its_reason() -> None:
+    early = {"patience": 1, "min_delta": 1000}
+    run = stopped(2, early_stopping=early)
+    assert run.result.stop_reason == "user"
+    run = stopped(FIRST_EPOCH + 2, early_stopping=early)
+    assert run.result.stop_reason == "user"
+
+
+@pytest.mark.parametrize("every_epochs", [1, 2])
+def test_after_a_crash_a_stopped_run_comes_to_the_result_of_its_last_checkpoint(
+    tmp_path: Path, every_epochs: int
+) -> None:
+    keys = {"checkpoint": {"every_epochs": every_epochs}}
+    sink = Recorder()
+    with pytest.raises(Cancelled):  # as a crash, which writes nothing
+        run_fit(
+            tiny_spec(epochs=9, **keys),
+            sink=sink,
+            control=RequestAt({2 * FIRST_EPOCH + 3: "stop", 2 * FIRST_EPOCH + 4: "cancel"}),
+        )
+    run = again(sink, tmp_path / "0", **keys)
+    assert (run.result.step, run.result.stop_reason) == (10, "user")
+    assert places(run)[-1] == (10, 2, True)
+    assert steps_validated(run) == [5, 10]  # The one of the stop itself was lost with the crash.
+
+
+def test_a_checkpoint_that_was_not_validated_is_validated_by_the_next_attempt(
+    tmp_path: Path,
+) -> None:
+    sink = Recorder()
+    with pytest.raises(Released):  # Asked to stop after two steps, then to leave: a full drain.
+        run_fit(tiny_spec(epochs=9), sink=sink, control=RequestAt({3: "stop", 5: "release"}))
+    assert [(c.step, dict(c.metrics)) for c in sink.checkpoints] == [(2, {})]
+    run = again(sink, tmp_path / "0")
+    assert places(run) == [(2, 1, False), (2, 1, True)]
+    assert (run.result.step, run.result.stop_reason) == (2, "user")
+    assert run.result == stopped(3).result
+
+
+def test_once_more_after_its_end_a_stopped_run_does_nothing(tmp_path: Path) -> None:
+    first = stopped(FIRST_EPOCH + 3)
+    num_checkpoints, num_points = len(first.sink.checkpoints), len(first.sink.points)
+    run = again(first.sink, tmp_path / "0")
+    assert run.result == first.result
+    assert (len(run.sink.checkpoints), len(run.sink.points)) == (num_checkpoints, num_points)
+
+
+@pytest.mark.parametrize("request_", ["cancel", "release"])
+def test_a_stop_can_be_followed_by_an_interruption(request_: Request) -> None:
+    control = RequestAt({3: "stop", 4: request_})
+    sink = Recorder()
+    with pytest.raises(Interrupted) as caught:
+        run_fit(tiny_spec(), sink=sink, control=control)
+    assert isinstance(caught.value, Cancelled if request_ == "cancel" else Released)
+    assert [c.step for c in sink.checkpoints] == ([] if request_ == "cancel" else [2])
+
+
+@pytest.mark.parametrize("looks", [1, 3, FIRST_EPOCH + 3])
+def test_who_goes_on_after_a_stop_trains_to_the_end_with_the_weights_of_who_never_stopped(
+    tmp_path: Path, looks: int
+) -> None:
+    first = stopped(looks)
+    run = again(first.sink, tmp_path / "0", control=Control())
+    twin = run_fit(tiny_spec(epochs=9))
+    assert (run.result.step, run.result.stop_reason) == (9 * STEPS_PER_EPOCH, None)
+    for name, weight in twin.weights.items():
+        assert (run.weights[name] == weight).all(), name
 
 
 # Sanity checks

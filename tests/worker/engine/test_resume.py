@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import resource
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,24 @@ def test_a_state_is_read_as_it_was_written(tmp_path: Path) -> None:
     loaded = load_resume(tmp_path / "resume.pt")
     assert torch.equal(loaded.pop("sums"), state.pop("sums"))
     assert loaded == state
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no full device")
+def test_a_full_disk_is_the_systems_own_error() -> None:
+    with pytest.raises(OSError, match="No space left") as caught:
+        save_resume(Path("/dev/full"), {"sums": torch.zeros(1_000_000)})
+    assert caught.value.errno == errno.ENOSPC
+
+
+def test_a_file_that_may_not_grow_is_the_systems_own_error(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            save_resume(tmp_path / "resume.pt", {"sums": torch.zeros(1_000_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.errno == errno.EFBIG
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "text", "code"])

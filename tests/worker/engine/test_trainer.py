@@ -283,6 +283,27 @@ def test_checkpoints_come_every_so_many_epochs_and_at_the_end() -> None:
     assert [c.epoch for c in run_fit(spec).sink.checkpoints] == [2, 4, 5]
 
 
+def test_each_epoch_whose_checkpoint_is_kept_gets_one() -> None:
+    spec = tiny_spec(epochs=7, checkpoint={"every_epochs": 4, "keep_every_epochs": 3})
+    checkpoints = run_fit(spec).sink.checkpoints
+    assert [(c.epoch, c.is_kept) for c in checkpoints] == [
+        (3, True),
+        (4, False),
+        (6, True),
+        (7, False),
+    ]
+
+
+def test_what_is_written_within_an_epoch_is_not_kept_for_good() -> None:
+    sink = Recorder()
+    spec = tiny_spec(checkpoint={"keep_every_epochs": 1})
+    with pytest.raises(Released):
+        run_fit(spec, sink=sink, control=ReleaseAt(STEPS_PER_EPOCH + 2))  # while it validates
+    run = run_fit(spec, control=ReleaseAt(3, "stop"))
+    assert [(c.step, c.is_kept) for c in sink.checkpoints] == [(5, False)]
+    assert [(c.step, c.is_kept) for c in run.sink.checkpoints] == [(2, False)]
+
+
 def test_the_best_is_chosen_by_the_monitored_metric() -> None:
     spec = tiny_spec(epochs=4, checkpoint={"monitor": "val_top1"})
     run = run_fit(spec)

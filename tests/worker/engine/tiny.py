@@ -88,18 +88,24 @@ class Ticking(Control):
         return super().look()
 
 
-class ReleaseAt(Control):
-    """Asks for a release (or else) at the n-th look, that is, before the n-th batch."""
+class RequestAt(Control):
+    """Asks for something at each of these looks, that is, before the n-th batch."""
 
-    def __init__(self, looks: int, request: Request = "release") -> None:
-        self.looks_left = looks
-        self.then = request
+    def __init__(self, requests: Mapping[int, Request]) -> None:
+        self.num_looks = 0
+        self.requests = requests
 
     def look(self) -> Request | None:
-        self.looks_left -= 1
-        if self.looks_left == 0:
-            self.request = self.then
+        self.num_looks += 1
+        self.request = self.requests.get(self.num_looks, self.request)
         return super().look()
+
+
+class ReleaseAt(RequestAt):
+    """Asks for a release (or else) at the n-th look."""
+
+    def __init__(self, looks: int, request: Request = "release") -> None:
+        super().__init__({looks: request})
 
 
 def tiny_spec(**options: Any) -> TrainSpec:

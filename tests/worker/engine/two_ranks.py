@@ -31,7 +31,7 @@ from worker.engine.trainer import Resume
 
 NUM_VAL = 9
 """Odd: the last of two ranks has one image less."""
-CANCELLED_AT, RELEASED_AT = 4, 12
+CANCELLED_AT, RELEASED_AT, STOPPED_AT = 4, 12, 3
 """Looks; the second lies within the second epoch."""
 SPEC = tiny_spec(
     optimizer={"name": "sgd", "lr": 0.05, "momentum": 0.9},
@@ -139,5 +139,11 @@ def work(rank: int, folder: str) -> None:
     resume = Resume(last.weights, last.resume)
     results["released"] = {"events": list(released.events), "num_steps": num_steps}
     results["resumed"] = as_document(run_fit(SPEC, sink=released, resume=resume, **both))
+    asked = ReleaseAt(STOPPED_AT, "stop") if rank == 0 else Control()
+    stopped = run_fit(SPEC, control=asked, **both)
+    last = stopped.sink.checkpoints[-1]
+    results["stopped"] = as_document(stopped) | {"reason": stopped.result.stop_reason}
+    resume = Resume(last.weights, last.resume)
+    results["gone on"] = as_document(run_fit(SPEC, resume=resume, **both))
     torch.save(results, Path(folder) / f"rank{rank}.pt")
     distributed.destroy_process_group()

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import pytest
 import torch
@@ -21,12 +21,12 @@ from shared.vision.preprocessing import Preprocessing
 from skipline.specs import TrainSpec
 from worker.datasets.packing import PackedDataset
 from worker.engine.distributed import Ranks
-from worker.engine.events import Control, Sink
+from worker.engine.events import Control, Request, Sink
 from worker.engine.runtime import Runtime, typed_failures
 from worker.jobs import training
 from worker.jobs.context import Context
 from worker.jobs.plan import Plan
-from worker.jobs.ranks import RanksOutOfMemory, run_in_ranks
+from worker.jobs.ranks import REQUESTS, RanksOutOfMemory, run_in_ranks
 
 
 def plan_of(folder: Path, **keys: Any) -> Plan:
@@ -50,12 +50,13 @@ def plan_of(folder: Path, **keys: Any) -> Plan:
 
 def sizes_unless_memory_ran_out(
     plan: Plan, storage: Storage, sink: Sink, control: Control, ranks: Ranks
-) -> list[int]:
-    """What each rank took part with; the second one's memory holds four parts of a step or more."""
+) -> list[tuple[int, Request | None]]:
+    """What each rank took part with, and what it was asked to do; the second one's memory holds
+    four parts of a step or more."""
     with typed_failures():
         if ranks.rank == 1 and plan.accumulate_steps < 4:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return ranks.gather(10 * ranks.rank + plan.accumulate_steps)
+        return ranks.gather((10 * ranks.rank + plan.accumulate_steps, control.look()))
 
 
 def disk_full_on_the_second(
@@ -81,8 +82,16 @@ def test_one_rank_without_memory_ends_all_and_smaller_parts_succeed(home: Path) 
     plan = plan_of(home)
     with pytest.raises(RanksOutOfMemory):
         run_in_ranks(plan, sizes_unless_memory_ran_out, Control())
-    smaller = replace(plan, accumulate_steps=4)
-    assert run_in_ranks(smaller, sizes_unless_memory_ran_out, Control()) == [4, 14]
+    smaller, control = replace(plan, accumulate_steps=4), Control()
+    control.request = "stop"  # which every rank knows from its first look on
+    assert run_in_ranks(smaller, sizes_unless_memory_ran_out, control) == [
+        (4, "stop"),
+        (14, "stop"),
+    ]
+
+
+def test_ranks_can_be_told_whatever_a_trainer_can() -> None:
+    assert set(REQUESTS) == {None, *get_args(Request)}
 
 
 def test_what_one_rank_met_alone_is_the_jobs_error(home: Path) -> None:
