@@ -22,7 +22,6 @@ from api import (
     workers,
 )
 from api.checks import Checks
-from api.curves import Curves
 from api.dependencies import Services, require_key
 from api.drawing import Drawing
 from api.limits import QueueLimits
@@ -56,7 +55,6 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         bell=bell,
         limits=QueueLimits(settings),
         streams=streams,
-        curves=Curves(settings.max_metric_points),
         inference=inference,
         decoder=Decoder(settings.max_image_pixels, inference.warm),
         checks=Checks(database, bell, storage),
@@ -81,6 +79,7 @@ def _close(services: Services) -> None:
     services.inference.stop()
     services.checks.close()
     services.drawing.close()
+    services.bell.close()
     services.database.dispose()
 
 

@@ -16,7 +16,6 @@ from fastapi import Depends, Query, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from api.checks import Checks
-from api.curves import Curves
 from api.drawing import Drawing
 from api.limits import QueueLimits
 from api.serving.images import Decoder
@@ -47,7 +46,6 @@ class Services:
     bell: Bell
     limits: QueueLimits
     streams: StreamHub
-    curves: Curves
     inference: Inference
     decoder: Decoder
     checks: Checks

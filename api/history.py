@@ -9,6 +9,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import PlainTextResponse
 
 from api import examples, openapi
+from api.curves import read_curves
 from api.dependencies import JobId, PageDep, PageRequest, Services, ServicesDep, unknown_cursor
 from api.feeds import EVENTS, METRICS
 from api.streams import Feed, Stream
@@ -83,14 +84,16 @@ def _metrics(
     services: Services, job_id: str, names: list[str] | None, after: int, max_points: int | None
 ) -> schemas.Metrics:
     last: int | None
+    limit = services.settings.max_metric_points
     with services.database.read_scope() as session:
         # The status first: of a job that is over, every point is there to be read.
         status = repository.get_job(session, job_id).status
         if max_points is None:
-            limit = services.settings.max_metric_points
             series, last = repository.series(session, job_id, names=names, after=after, limit=limit)
         else:
-            series, last = services.curves.read(session, job_id, names, after, max_points)
+            series, last = read_curves(
+                session, job_id, names, after=after, max_points=max_points, limit=limit
+            )
     next_ = str(max(last or 0, after)) if last or after else None
     return schemas.Metrics(
         job_id=job_id, status=schemas.JobStatus(status), series=series, next=next_

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Path
 from fastapi.responses import Response
 
 from api import openapi
+from api.curves import read_curves
 from api.dependencies import JobId, Services, ServicesDep
 from shared import repository
 from shared.errors import NotFound, PictureNotReady
@@ -59,7 +60,11 @@ def _plot(services: Services, job_id: str, name: str) -> bytes:
 def _metrics(services: Services, job: schemas.Job, name: plots.CurveName) -> schemas.Metrics:
     """The series that a picture shows, thinned."""
     with services.database.read_scope() as session:
-        series, _ = services.curves.read(
-            session, job.id, plots.CURVES[name], after=0, max_points=MAX_POINTS
+        series, _ = read_curves(
+            session,
+            job.id,
+            plots.CURVES[name],
+            max_points=MAX_POINTS,
+            limit=services.settings.max_metric_points,
         )
     return schemas.Metrics(job_id=job.id, status=job.status, series=series, next=None)

@@ -9,9 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, case, insert, literal, or_, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Executable,
+    bindparam,
+    case,
+    insert,
+    literal,
+    or_,
+    select,
+    update,
+)
 from sqlalchemy.orm import Session
 
 from shared.database import db_now
@@ -20,6 +31,22 @@ from shared.tables import Attempt, Event, Job
 from skipline.schemas import JobKind, JobStatus
 
 S = JobStatus
+
+# Statements of every attempt are made once: to make one takes longer than to send it.
+_RELEASE_WAITING = update(Job).where(Job.waits_for == bindparam("over")).values(waits_for=None)
+_INSERT_ATTEMPT = insert(Attempt).values(started_at=db_now())
+_END_ATTEMPT = (
+    update(Attempt)
+    .where(Attempt.job_id == bindparam("of_job"), Attempt.number == bindparam("of_number"))
+    .values(ended_at=db_now(), outcome=bindparam("how"), reason=bindparam("why"))
+)
+_NUMBER_EVENT = (
+    update(Job)
+    .where(Job.id == bindparam("of_job"))
+    .values(last_event=Job.last_event + 1)
+    .returning(Job.last_event, Job.attempt)
+)
+_INSERT_EVENT = insert(Event).values(time=db_now())
 
 TRANSITIONS: dict[JobStatus, frozenset[JobStatus]] = {
     # Waits for a slot. Claimed by a worker; cancelled by a client; failed when what it waited
@@ -108,8 +135,7 @@ def transition(
 def _settle_waiting(session: Session, job_id: str, status: JobStatus) -> None:
     """What waits for a job that is over may run, or fails with it, and what waits for that too."""
     if status is S.succeeded:
-        waiting = update(Job).where(Job.waits_for == job_id)
-        session.connection().execute(waiting.values(waits_for=None))
+        session.connection().execute(_RELEASE_WAITING, {"over": job_id})
         return
     how = "was cancelled" if status is S.cancelled else "has failed"
     error = {
@@ -185,11 +211,9 @@ def runs_on(capacity: Capacity) -> ColumnElement[bool]:
 
 
 def _fits_now(session: Session, capacity: Capacity) -> ColumnElement[bool]:
-    """The condition that a job may be claimed. GPU jobs go strictly in order: could smaller ones
-    pass the first that waits for more GPUs, it might wait for ever."""
+    """The condition that a job may be claimed while some GPUs are taken. GPU jobs go strictly in
+    order: could smaller ones pass the first that waits for more, it might wait for ever."""
     fits = runs_on(capacity)
-    if capacity.num_free_gpus >= capacity.num_gpus:
-        return fits
     needed = gpus_needed(capacity)
     query = select(Job.id, needed.label("needed")).where(IS_READY, fits, needed > 0)
     first = session.execute(query.order_by(*IN_ORDER).limit(1)).one_or_none()
@@ -198,33 +222,25 @@ def _fits_now(session: Session, capacity: Capacity) -> ColumnElement[bool]:
     return fits & (needed == 0)
 
 
-def claim(
-    session: Session,
-    owner: str,
-    host: str,
-    lease_seconds: float,
-    capacity: Capacity,
-    worker_id: str | None = None,
-) -> Claim | None:
-    """Takes the first job, in the queue's order, that fits what the worker has free; None when
-    there is none. One that was asked to stop before it was lost is `stopping` again at once."""
+def _claim_first(fits: ColumnElement[bool], capacity: Capacity, lease_seconds: float) -> Executable:
+    """Takes the first of the ready jobs that fit."""
     first = (
         select(Job.id)
-        .where(IS_READY, _fits_now(session, capacity))
+        .where(IS_READY, fits)
         .order_by(*IN_ORDER)
         .limit(1)
         .with_for_update(skip_locked=True)
         .scalar_subquery()
     )
-    row = session.connection().execute(
+    return (
         update(Job)
         .where(Job.id == first, Job.status == S.queued)
         .values(
             status=S.running,
             attempt=Job.attempt + 1,
-            owner=owner,
-            worker_id=worker_id,
-            host=host,
+            owner=bindparam("new_owner"),
+            worker_id=bindparam("new_worker_id"),
+            host=bindparam("new_host"),
             lease_until=db_now(lease_seconds),
             started_at=case((Job.started_at.is_(None), db_now()), else_=Job.started_at),
             progress_at=db_now(),
@@ -238,13 +254,35 @@ def claim(
             gpus_needed(capacity).label("num_gpus"),
         )
     )
-    claimed = row.one_or_none()
+
+
+@lru_cache(maxsize=64)
+def _claim_any(capacity: Capacity, lease_seconds: float) -> Executable:
+    """For a worker all of whose GPUs are free. Kept: to make it takes longer than to send it."""
+    return _claim_first(runs_on(capacity), capacity, lease_seconds)
+
+
+def claim(
+    session: Session,
+    owner: str,
+    host: str,
+    lease_seconds: float,
+    capacity: Capacity,
+    worker_id: str | None = None,
+) -> Claim | None:
+    """Takes the first job, in the queue's order, that fits what the worker has free; None when
+    there is none. One that was asked to stop before it was lost is `stopping` again at once."""
+    if capacity.num_free_gpus >= capacity.num_gpus:
+        statement = _claim_any(capacity, lease_seconds)
+    else:
+        statement = _claim_first(_fits_now(session, capacity), capacity, lease_seconds)
+    values = {"new_owner": owner, "new_worker_id": worker_id, "new_host": host}
+    claimed = session.connection().execute(statement, values).one_or_none()
     if claimed is None:
         return None
     session.connection().execute(
-        insert(Attempt).values(
-            job_id=claimed.id, number=claimed.attempt, owner=owner, host=host, started_at=db_now()
-        )
+        _INSERT_ATTEMPT,
+        {"job_id": claimed.id, "number": claimed.attempt, "owner": owner, "host": host},
     )
     _insert_event(
         session,
@@ -490,9 +528,8 @@ def _give_up(
 
 def _end_attempt(session: Session, job_id: str, attempt: int, outcome: str, reason: str) -> None:
     session.connection().execute(
-        update(Attempt)
-        .where(Attempt.job_id == job_id, Attempt.number == attempt)
-        .values(ended_at=db_now(), outcome=outcome, reason=reason[:4000])
+        _END_ATTEMPT,
+        {"of_job": job_id, "of_number": attempt, "how": outcome, "why": reason[:4000]},
     )
 
 
@@ -505,13 +542,7 @@ def record(
     data: dict[str, Any] | None = None,
 ) -> None:
     """Adds an event, numbered within its job. `level`: info, warning or error."""
-    numbered = session.connection().execute(
-        update(Job)
-        .where(Job.id == job_id)
-        .values(last_event=Job.last_event + 1)
-        .returning(Job.last_event, Job.attempt)
-    )
-    number, attempt = numbered.one()
+    number, attempt = session.connection().execute(_NUMBER_EVENT, {"of_job": job_id}).one()
     _insert_event(session, job_id, number, attempt, level, type_, message, data or {})
 
 
@@ -526,14 +557,14 @@ def _insert_event(
     data: dict[str, Any],
 ) -> None:
     session.connection().execute(
-        insert(Event).values(
-            job_id=job_id,
-            number=number,
-            attempt=attempt,
-            level=level,
-            type=type_,
-            message=message[:4000],
-            data=data,
-            time=db_now(),
-        )
+        _INSERT_EVENT,
+        {
+            "job_id": job_id,
+            "number": number,
+            "attempt": attempt,
+            "level": level,
+            "type": type_,
+            "message": message[:4000],
+            "data": data,
+        },
     )

@@ -14,7 +14,6 @@ from sqlalchemy import (
     BigInteger,
     ColumnElement,
     Row,
-    case,
     cast,
     delete,
     func,
@@ -67,6 +66,8 @@ NumberedT = TypeVar("NumberedT", MetricPoint, Event)
 """Rows that are numbered within their job."""
 MAX_ALTERNATIVES = 200
 """In one condition: SQLite takes fewer than 1000."""
+STRETCH = 256
+"""Numbers of points of which the extremes are marked, for readers of long curves."""
 MAX_NUMBERS = 5000
 """In one list of values."""
 REWIND = "rewind"
@@ -463,7 +464,7 @@ def inherit(session: Session, job: Job, parent: Job) -> None:
     newest = rows[0].last_point
     is_kept = (MetricPoint.job_id == parent.id) & (MetricPoint.name != REWIND)
     place = func.row_number().over(order_by=MetricPoint.number)
-    columns = ("name", "step", "epoch", "value", "time")
+    columns = ("name", "step", "epoch", "value", "time", "is_extreme")
     session.connection().execute(
         insert(MetricPoint).from_select(
             ["job_id", "number", "attempt", *columns],
@@ -497,6 +498,8 @@ def inherit(session: Session, job: Job, parent: Job) -> None:
             )
         )
     job.last_point = num_points(newest)
+    # Numbers moved up, and the end is cut: what was marked there says too little.
+    _mark_extremes(session, job.id, max(0, job.last_point - 2 * STRETCH), job.last_point)
     job.runtime = parent.runtime
     session.flush()
     lifecycle.record(
@@ -609,6 +612,7 @@ def write_progress(
     if last is None:
         raise Superseded(fence.job_id)
     _insert_points(session, fence, last - len(points), points)
+    _mark_extremes(session, fence.job_id, last - len(points), last)
 
 
 def _insert_points(session: Session, fence: Fence, last: int, points: Sequence[NewPoint]) -> None:
@@ -639,16 +643,18 @@ def rewind(session: Session, fence: Fence, *, last_point: int, step: int, epoch:
     dropped = session.connection().execute(delete(MetricPoint).where(later))
     if dropped.rowcount == 0:
         return
-    number = session.connection().execute(
+    number = session.execute(
         update(Job)
         .where(Job.id == fence.job_id)
         .values(last_point=Job.last_point + 1)
         .returning(Job.last_point)
-    )
+    ).scalar_one()
+    # The stretch that was cut has other extremes now, as if its end had just been reached.
+    _mark_extremes(session, fence.job_id, last_point, number)
     session.connection().execute(
         insert(MetricPoint).values(
             job_id=fence.job_id,
-            number=number.scalar_one(),
+            number=number,
             attempt=fence.attempt,
             name=REWIND,
             step=step,
@@ -685,17 +691,20 @@ def read_points(
     job_id: str,
     *,
     after: int,
+    up_to: int | None = None,
     names: Collection[str] | None = None,
     limit: int | None = None,
 ) -> list[Row[Any]]:
-    """Points numbered above `after`, in their order, `limit` at most: rows of name, number, step,
-    epoch, value and time."""
+    """Points numbered above `after`, and at most `up_to`, in their order, `limit` at most: rows of
+    name, number, step, epoch, value and time."""
     query = (
         select(*_POINT_COLUMNS)
         .where(_is_point(job_id, names), MetricPoint.number > after)
         .order_by(MetricPoint.number)
         .limit(limit)
     )
+    if up_to is not None:
+        query = query.where(MetricPoint.number <= up_to)
     return list(session.execute(query))
 
 
@@ -726,70 +735,50 @@ def _is_point(job_id: str, names: Collection[str] | None) -> ColumnElement[bool]
     return found if names is None else found & MetricPoint.name.in_(names)
 
 
-def read_extremes(
+def read_curve(
     session: Session,
     job_id: str,
     *,
     after: int,
-    up_to: int,
-    block: int,
+    last: int,
     names: Collection[str] | None = None,
 ) -> list[Row[Any]]:
-    """Of the points numbered above `after` and at most `up_to`, cut into stretches of `block`
-    numbers: each stretch's and series' lowest and highest, and each series' first and last. Rows
-    as `read_points` gives, in their order. The database reads every point, and gives out few."""
-    is_within = (
-        _is_point(job_id, names) & (MetricPoint.number > after) & (MetricPoint.number <= up_to)
-    )
-    stretch = (MetricPoint.number - 1) // block
-    bounds = (
-        select(
-            MetricPoint.name,
-            stretch.label("stretch"),
-            func.min(MetricPoint.value).label("low"),
-            func.max(MetricPoint.value).label("high"),
+    """Points that draw the curve from the number `after` to `last`, the job's last one: the first
+    and the last stretch as they are, and of each between them the extremes. Rows as `read_points`
+    gives, in their order; few, however many there are."""
+    complete = max(last - last % STRETCH, after)
+    head = min(after + STRETCH, complete)
+    extremes = _is_point(job_id, names) & MetricPoint.is_extreme
+    between = extremes & (MetricPoint.number > head) & (MetricPoint.number <= complete)
+    query = select(*_POINT_COLUMNS).where(between).order_by(MetricPoint.number)
+    return [
+        *read_points(session, job_id, after=after, up_to=head, names=names),
+        *session.execute(query),
+        *read_points(session, job_id, after=complete, names=names),
+    ]
+
+
+def _mark_extremes(session: Session, job_id: str, after: int, last: int) -> None:
+    """Marks the lowest and the highest of each series in the stretches that became complete when
+    the job's last number went from `after` to `last`."""
+    first, beyond = after // STRETCH, last // STRETCH
+    if first == beyond:
+        return
+    extremes: dict[tuple[str, int], tuple[Row[Any], Row[Any]]] = {}
+    start, end = first * STRETCH, beyond * STRETCH
+    for row in read_points(session, job_id, after=start, up_to=end):
+        key = row.name, (row.number - 1) // STRETCH
+        low, high = extremes.get(key, (row, row))
+        extremes[key] = (
+            row if row.value < low.value else low,
+            row if row.value > high.value else high,
         )
-        .where(is_within)
-        .group_by(MetricPoint.name, stretch)
-        .cte()
-    )
-    number, value = MetricPoint.number, MetricPoint.value
-    picks = session.execute(
-        select(
-            bounds.c.name,
-            func.min(case((value == bounds.c.low, number))).label("lowest"),
-            func.min(case((value == bounds.c.high, number))).label("highest"),
-            func.min(number).label("first"),
-            func.max(number).label("last"),
+    numbers = sorted({row.number for pair in extremes.values() for row in pair})
+    for begin in range(0, len(numbers), MAX_NUMBERS):
+        chosen = MetricPoint.number.in_(numbers[begin : begin + MAX_NUMBERS])
+        session.connection().execute(
+            update(MetricPoint).where(MetricPoint.job_id == job_id, chosen).values(is_extreme=True)
         )
-        .join(bounds, (bounds.c.name == MetricPoint.name) & (bounds.c.stretch == stretch))
-        .where(is_within)
-        .group_by(bounds.c.name, bounds.c.stretch)
-    ).all()
-    numbers = {n for pick in picks for n in (pick.lowest, pick.highest)}
-    for name in {pick.name for pick in picks}:
-        numbers.add(min(pick.first for pick in picks if pick.name == name))
-        numbers.add(max(pick.last for pick in picks if pick.name == name))
-    return _points_numbered(session, job_id, sorted(numbers))
-
-
-def _points_numbered(session: Session, job_id: str, numbers: Sequence[int]) -> list[Row[Any]]:
-    rows: list[Row[Any]] = []
-    for first in range(0, len(numbers), MAX_NUMBERS):
-        part = numbers[first : first + MAX_NUMBERS]
-        query = select(*_POINT_COLUMNS).where(
-            MetricPoint.job_id == job_id, MetricPoint.number.in_(part)
-        )
-        rows += session.execute(query.order_by(MetricPoint.number))
-    return rows
-
-
-def was_rewound(session: Session, job_id: str, *, after: int) -> bool:
-    """Whether points up to the number `after` may have been dropped since it was the last."""
-    query = select(MetricPoint.number).where(
-        MetricPoint.job_id == job_id, MetricPoint.number > after, MetricPoint.name == REWIND
-    )
-    return session.scalar(query.limit(1)) is not None
 
 
 def points_after(session: Session, cursors: Mapping[str, int], limit: int) -> list[MetricPoint]:

@@ -17,6 +17,7 @@ from sqlalchemy import (
     String,
     Text,
     UniqueConstraint,
+    text,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
@@ -49,7 +50,11 @@ class Job(Base):
 
     __tablename__ = "jobs"
     __table_args__ = (
-        Index(None, "status", "rank", "created_at", "id"),
+        # The queue in its order, with what an estimate sums up.
+        Index(
+            "ix_jobs_queue",
+            *("status", "rank", "created_at", "id", "waits_for", "speed_key", "num_images"),
+        ),
         Index(None, "created_at", "id"),
         Index(None, "waits_for"),
         Index(None, "speed_key", "finished_at"),
@@ -162,7 +167,16 @@ class MetricPoint(Base):
     """
 
     __tablename__ = "metric_points"
-    __table_args__ = (UniqueConstraint("job_id", "attempt", "name", "step"),)
+    __table_args__ = (
+        UniqueConstraint("job_id", "attempt", "name", "step"),
+        Index(
+            "ix_metric_points_extremes",
+            "job_id",
+            "number",
+            postgresql_where=text("is_extreme"),
+            sqlite_where=text("is_extreme = 1"),
+        ),
+    )
 
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
     number: Mapped[int] = mapped_column(BigInteger, primary_key=True)
@@ -172,6 +186,9 @@ class MetricPoint(Base):
     epoch: Mapped[int]
     value: Mapped[float | None]
     time: Mapped[datetime]
+    is_extreme: Mapped[bool] = mapped_column(default=False, server_default="0")
+    """The lowest or highest of its series within a stretch of numbers: enough to draw a long
+    curve by."""
 
 
 class Event(Base):

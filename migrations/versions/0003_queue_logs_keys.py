@@ -32,7 +32,9 @@ def upgrade() -> None:
     op.execute(sa.text("UPDATE jobs SET device = 'any' WHERE kind = 'ingest'"))
     op.drop_index("ix_jobs_status_created_at_id", table_name="jobs")
     op.create_index(
-        op.f("ix_jobs_status_rank_created_at_id"), "jobs", ["status", "rank", "created_at", "id"]
+        "ix_jobs_queue",
+        "jobs",
+        ["status", "rank", "created_at", "id", "waits_for", "speed_key", "num_images"],
     )
     op.create_index(op.f("ix_jobs_waits_for"), "jobs", ["waits_for"])
     op.create_index(op.f("ix_jobs_speed_key_finished_at"), "jobs", ["speed_key", "finished_at"])
@@ -48,6 +50,17 @@ def upgrade() -> None:
             sa.Column("is_draining", sa.Boolean(), server_default="0", nullable=False)
         )
         batch_op.add_column(sa.Column("started_at", sa.BigInteger(), nullable=True))
+    with op.batch_alter_table("metric_points", schema=None) as batch_op:
+        batch_op.add_column(
+            sa.Column("is_extreme", sa.Boolean(), server_default="0", nullable=False)
+        )
+    op.create_index(
+        "ix_metric_points_extremes",
+        "metric_points",
+        ["job_id", "number"],
+        postgresql_where=sa.text("is_extreme"),
+        sqlite_where=sa.text("is_extreme = 1"),
+    )
     op.create_table(
         "log_parts",
         sa.Column("job_id", sa.String(length=64), nullable=False),
@@ -80,6 +93,8 @@ def upgrade() -> None:
 def downgrade() -> None:
     op.drop_table("idempotency_keys")
     op.drop_table("log_parts")
+    op.drop_index("ix_metric_points_extremes", table_name="metric_points")
+    op.drop_column("metric_points", "is_extreme")
     # SQLite's own statement: to copy the table, as a batch would, deletes what refers to it.
     for name in ("started_at", "is_draining", "devices", "num_slots"):
         op.drop_column("workers", name)
@@ -88,7 +103,7 @@ def downgrade() -> None:
     for name in (
         "ix_jobs_speed_key_finished_at",
         "ix_jobs_waits_for",
-        "ix_jobs_status_rank_created_at_id",
+        "ix_jobs_queue",
     ):
         op.drop_index(name, table_name="jobs")
     op.create_index("ix_jobs_status_created_at_id", "jobs", ["status", "created_at", "id"])

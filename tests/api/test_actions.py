@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 
+from api import submission
 from shared import repository
 from shared.repository import NewPoint
 from skipline.schemas import JobStatus
@@ -336,3 +339,27 @@ def test_files_that_a_retry_goes_on_from_stay_when_its_parent_is_deleted(
     assert api.get(f"/jobs/{child}").json()["parent_id"] == parent
     assert api.delete(f"/jobs/{child}").status_code == 204
     wait_for(lambda: not folder.exists(), "end of the checkpoint's files")
+
+
+def test_files_stay_when_a_parent_is_deleted_while_its_retry_is_stored(
+    api: Any, worker: Any, database: Any, settings: Any, wait_for: Callable[..., Any]
+) -> None:
+    parent = failed_training(api, worker)
+    folder = worker.storage.path(f"jobs/{parent}/1/5")
+    blocked = text(
+        "SELECT count(*) FROM pg_stat_activity "
+        "WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    )
+
+    def is_blocked() -> bool:
+        with database.read_scope() as session:
+            return bool(session.scalar(blocked))
+
+    with ThreadPoolExecutor(1) as thread:
+        with database.session_scope() as session:
+            submission.store_retry(session, parent, "", settings, from_start=False)
+            deleted = thread.submit(api.delete, f"/jobs/{parent}")
+            if not database.is_sqlite:  # There a transaction that writes is alone anyway.
+                wait_for(is_blocked, "wait of the one for the other")
+        assert deleted.result().status_code == 204
+    assert folder.is_dir()

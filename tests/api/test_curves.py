@@ -1,4 +1,4 @@
-"""Long series: the database picks their extremes, and what was picked is kept."""
+"""Long series: they are read by the extremes that were marked when they were written."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Any
 
 import pytest
 
-from api import curves
-from api.curves import Curves
+from api.curves import read_curves
 from shared import repository
 from shared.repository import NewPoint
+from skipline.schemas import JobStatus
 
-LIMIT = 100_000
+LIMIT = 400
+"""Points that are read as they are: fewer than these tests write."""
 
 
 @pytest.fixture(autouse=True)
-def _short_is_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that a thousand points are too many to read them as they are."""
-    monkeypatch.setattr(curves, "NUM_READ_WHOLE", 100)
+def _short_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(repository, "STRETCH", 16)
 
 
 def noise(seed: int, num_points: int) -> list[NewPoint]:
@@ -41,12 +41,26 @@ def stored(api: Any, worker: Any, points: list[NewPoint]) -> tuple[str, Any]:
 
 
 def read(
-    kept: Curves, database: Any, job_id: str, max_points: int, after: int = 0, **only: Any
+    database: Any,
+    job_id: str,
+    max_points: int,
+    after: int = 0,
+    names: list[str] | None = None,
+    limit: int = LIMIT,
 ) -> dict[str, list[tuple[int, float]]]:
     with database.read_scope() as session:
-        series, last = kept.read(session, job_id, only.get("names"), after, max_points)
+        series, last = read_curves(
+            session, job_id, names, after=after, max_points=max_points, limit=limit
+        )
         assert last == repository.get_job(session, job_id).last_point
     return {name: [(p.step, p.value) for p in points] for name, points in series.items()}
+
+
+def num_read(database: Any, job_id: str) -> int:
+    """Rows that reading the whole curve takes."""
+    with database.read_scope() as session:
+        last = repository.get_job(session, job_id).last_point
+        return len(repository.read_curve(session, job_id, after=0, last=last))
 
 
 def of(points: list[NewPoint], name: str) -> list[tuple[int, float]]:
@@ -65,27 +79,13 @@ def assert_thinned(
     assert (min(kept), max(kept)) == (min(values), max(values))
 
 
-@pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many numbers the database looked at, each time that it was asked for extremes."""
-    looked_at: list[int] = []
-    read_extremes = repository.read_extremes
-
-    def counting(*args: Any, after: int, up_to: int, **keys: Any) -> Any:
-        looked_at.append(up_to - after)
-        return read_extremes(*args, after=after, up_to=up_to, **keys)
-
-    monkeypatch.setattr(repository, "read_extremes", counting)
-    return looked_at
-
-
 @pytest.mark.parametrize("max_points", [4, 10, 40, 300])
 def test_a_long_curve_is_thinned_as_a_short_one_is(
     api: Any, worker: Any, database: Any, max_points: int
 ) -> None:
     points = noise(1, 1000)
     job_id, _ = stored(api, worker, points)
-    found = read(Curves(LIMIT), database, job_id, max_points)
+    found = read(database, job_id, max_points)
     for name in ("train_loss", "val_loss"):
         assert_thinned(found[name], of(points, name), max_points)
     flat = found["lr"]
@@ -98,7 +98,7 @@ def test_peaks_are_found_wherever_they_are(api: Any, worker: Any, database: Any)
     peaks = {2: 9.0, 701: -3.0, 1300: 8.0, 1999: 7.0}
     points = [NewPoint(p.name, p.step, p.epoch, peaks.get(p.step, p.value)) for p in points]
     job_id, _ = stored(api, worker, points)
-    found = read(Curves(LIMIT), database, job_id, 40)["train_loss"]
+    found = read(database, job_id, 40)["train_loss"]
     assert set(peaks.items()) <= set(found)
 
 
@@ -107,81 +107,88 @@ def test_a_part_of_a_curve_and_some_of_its_series_are_thinned_too(
 ) -> None:
     points = noise(2, 1000)
     job_id, _ = stored(api, worker, points)
-    kept = Curves(LIMIT)
     for after in (0, 777):
-        found = read(kept, database, job_id, 20, after=after, names=["val_loss", "train_loss"])
+        found = read(database, job_id, 20, after=after, names=["val_loss", "train_loss"])
         assert set(found) == {"val_loss", "train_loss"}
         for name in found:
             assert_thinned(found[name], of(points[after:], name), 20)
-    assert read(kept, database, job_id, 20, names=["nothing"]) == {}
+    assert read(database, job_id, 20, names=["nothing"]) == {}
 
 
-def test_what_was_picked_once_is_not_read_again(
-    api: Any, worker: Any, database: Any, counted: list[int]
+def test_a_curve_that_grows_by_single_points_is_marked_as_one_written_at_once(
+    api: Any, worker: Any, database: Any
 ) -> None:
-    points = noise(3, 1000)
-    job_id, attempt = stored(api, worker, points)
-    kept = Curves(LIMIT)
-    first = read(kept, database, job_id, 50)
-    assert read(kept, database, job_id, 50) == first
-    more = [NewPoint("train_loss", step, 2, 5.0) for step in range(1001, 1101)]
-    attempt.write(*more)
-    longer = read(kept, database, job_id, 50)
-    assert_thinned(longer["train_loss"], of(points + more, "train_loss"), 50)
-    # 2010 numbers in stretches of 64, then the whole stretches among the 100 after them.
-    assert counted == [1984, 2110 // 64 * 64 - 1984]
+    points = noise(3, 300)
+    job_id, _ = stored(api, worker, points)
+    other, attempt = stored(api, worker, points[:5])
+    generator = random.Random(3)
+    place = 5
+    while place < len(points):
+        beyond = place + generator.randrange(1, 40)
+        attempt.write(*points[place:beyond])
+        place = beyond
+    assert read(database, other, 50) == read(database, job_id, 50)
+    assert num_read(database, other) == num_read(database, job_id)
 
 
-def test_a_curve_that_was_rewound_is_picked_anew(
-    api: Any, worker: Any, database: Any, counted: list[int]
+def test_of_a_long_curve_few_points_are_read(api: Any, worker: Any, database: Any) -> None:
+    # 1600 numbers: 2 stretches as they are, and 98 with a lowest and a highest of both series.
+    points = [
+        NewPoint(name, step, 1, value)
+        for step in range(1, 801)
+        for name, value in (("train_loss", 1 / step), ("lr", float(step)))
+    ]
+    job_id, _ = stored(api, worker, points)
+    assert num_read(database, job_id) == 16 + 99 * 4
+
+
+def test_a_curve_that_was_rewound_shows_what_was_written_anew(
+    api: Any, worker: Any, database: Any
 ) -> None:
     points = [NewPoint("train_loss", step, 1, 100.0 + step) for step in range(1, 1001)]
     job_id, first = stored(api, worker, points)
-    kept = Curves(LIMIT)
-    read(kept, database, job_id, 50)
     first.release()
     second = worker.claim()
-    second.rewind(last_point=400, step=400)
-    anew = [NewPoint("train_loss", step, 1, -float(step)) for step in range(401, 1201)]
+    second.rewind(last_point=405, step=405)
+    # Of the stretch that was cut, 401 to 416, the highest is now the last that is left.
+    with database.read_scope() as session:
+        rows = repository.read_curve(session, job_id, after=0, last=1001)
+    assert [row.number for row in rows if row.number > 390] == [400, 401, 405]
+    anew = [NewPoint("train_loss", step, 1, -float(step)) for step in range(406, 1201)]
     second.write(*anew)
-    found = read(kept, database, job_id, 50)["train_loss"]
-    assert_thinned(found, of(points[:400] + anew, "train_loss"), 50)
-    assert found == read(Curves(LIMIT), database, job_id, 50)["train_loss"]
-    assert len(counted) == 3, "twice for the one that was kept, once for the other"
+    found = read(database, job_id, 50)["train_loss"]
+    assert_thinned(found, of(points[:405] + anew, "train_loss"), 50)
+
+
+def test_the_curve_of_a_retry_shows_the_peaks_of_its_parent(
+    api: Any, worker: Any, database: Any
+) -> None:
+    values = [1.0] * 500
+    for step, peak in ((3, 9.0), (250, -7.0), (470, 8.0), (489, 7.0)):
+        values[step - 1] = peak
+    points = [NewPoint("train_loss", step, 1, value) for step, value in enumerate(values, 1)]
+    job_id, first = stored(api, worker, points[:200])
+    first.release()
+    second = worker.claim()
+    second.rewind(last_point=190, step=190)  # From here on numbers and steps differ.
+    second.write(*points[190:490])
+    second.checkpoint(490, "last")
+    second.finish(JobStatus.failed)
+    retry = api.post(f"/jobs/{job_id}/retry").json()["id"]
+    third = worker.claim()
+    third.write(*points[490:])
+    found = read(database, retry, 60)["train_loss"]
+    assert {(3, 9.0), (250, -7.0), (470, 8.0), (489, 7.0)} <= set(found)
 
 
 def test_an_answer_holds_no_more_than_its_limit(api: Any, worker: Any, database: Any) -> None:
     job_id, _ = stored(api, worker, noise(4, 1000))
-    found = read(Curves(60), database, job_id, 1000)
+    found = read(database, job_id, 1000, limit=60)
     assert {name: len(points) <= 20 for name, points in found.items()} == {
         "train_loss": True,
         "lr": True,
         "val_loss": True,
     }
-
-
-def test_what_is_kept_is_bounded_and_the_oldest_goes_first(
-    api: Any, worker: Any, database: Any, counted: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(curves, "MAX_KEPT_POINTS", 60)
-    points = noise(5, 300)
-    jobs = [stored(api, worker, points)[0] for _ in range(2)]
-    kept = Curves(LIMIT)
-    for job_id in (*jobs, jobs[1], jobs[0]):
-        read(kept, database, job_id, 30)
-        assert sum(len(entry.rows) for entry in kept._kept.values()) <= 60
-    assert len(counted) == 3, "the second was still there, the first was not"
-
-
-def test_a_short_curve_costs_no_search_for_extremes(
-    api: Any, worker: Any, database: Any, counted: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(curves, "NUM_READ_WHOLE", 10_000)
-    points = noise(6, 500)
-    job_id, _ = stored(api, worker, points)
-    found = read(Curves(LIMIT), database, job_id, 50)
-    assert_thinned(found["train_loss"], of(points, "train_loss"), 50)
-    assert counted == []
 
 
 def test_metrics_are_answered_from_it(api: Any, worker: Any) -> None:

@@ -61,7 +61,7 @@ def test_no_request_gets_an_answer_that_is_not_documented(
             continue  # Nothing can be wrong with a request that carries nothing.
 
         @settings(
-            max_examples=25,
+            max_examples=20,
             derandomize=True,
             deadline=None,
             database=None,

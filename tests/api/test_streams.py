@@ -180,8 +180,8 @@ def test_a_stream_taken_up_again_and_again_loses_and_doubles_nothing(
     attempt = worker.claim()
 
     def write() -> None:
-        for first in range(1, 601, 30):
-            followed.tell(attempt, first, first + 30)
+        for first in range(1, 301, 15):
+            followed.tell(attempt, first, first + 15)
         attempt.finish()
 
     writer = threading.Thread(target=write)
@@ -200,8 +200,8 @@ def test_a_stream_taken_up_again_and_again_loses_and_doubles_nothing(
         if kind == "end":
             break
     writer.join()
-    assert seen == list(range(1, followed.num_before + 601 + followed.num_at_end))
-    assert cuts >= 12
+    assert seen == list(range(1, followed.num_before + 301 + followed.num_at_end))
+    assert cuts >= 6
 
 
 def test_a_long_history_comes_in_many_batches(

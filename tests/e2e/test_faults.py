@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -60,16 +61,21 @@ def assert_whole(client: Skipline, job: Job, *, attempt: int) -> None:
     assert [p.step for p in series["val_loss"]] == list(range(6, 6 * LONG + 1, 6))
 
 
-def test_a_killed_trainer_is_replaced_at_its_last_checkpoint(shared_service: Service) -> None:
+def test_a_trainer_that_crashes_is_replaced_at_its_last_checkpoint(shared_service: Service) -> None:
     service = shared_service
     with service.client() as client:
         job = begin(client)
         events = client.stream_metrics(job.id)
         seen = [next(events)]
         [trainer] = service.trainers(job)
-        os.kill(trainer, signal.SIGKILL)
+        os.kill(trainer, signal.SIGSEGV)
         seen += events  # The stream goes on through the crash.
         assert_whole(client, job, attempt=2)
+        crashed, second = client.attempts(job.id)
+        assert (crashed.outcome, second.outcome) == ("lost", "succeeded")
+        assert "signal 11" in (crashed.reason or "")
+        assert "Segmentation fault" in client.logs(job.id, attempt=1)
+        assert "Segmentation fault" not in client.logs(job.id)
 
         curve: dict[tuple[str, int], MetricEvent] = {}
         for event in seen:
@@ -176,8 +182,7 @@ def test_a_worker_that_slept_past_its_lease_is_replaced_and_writes_no_more(
             other.wait(60)
 
 
-def test_a_job_runs_without_any_broker(service: Service, stripes: Path, tmp_path: Path) -> None:
-    service.stop()
+def test_a_job_runs_without_any_broker(tmp_path: Path) -> None:
     port = free_port()
     broker = subprocess.Popen(
         ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", ""],
@@ -185,13 +190,12 @@ def test_a_job_runs_without_any_broker(service: Service, stripes: Path, tmp_path
         stdout=subprocess.DEVNULL,
     )
     try:
-        service.environment["SKIPLINE_BROKER_URL"] = f"redis://127.0.0.1:{port}/0"
-        service.start()
-        broker.kill()
-        broker.wait()
-        with service.client() as client:
-            bring_in(client, stripes)
-            assert client.wait(client.submit(tiny_spec()).id).status is JobStatus.succeeded
+        variables = {"SKIPLINE_BROKER_URL": f"redis://127.0.0.1:{port}/0"}
+        with running_service(tmp_path, variables) as service, service.client() as client:
+            broker.kill()
+            broker.wait()
+            bring_in(client, draw_stripes(tmp_path))
+            assert client.wait(client.submit(tiny_spec(epochs=1)).id).status is JobStatus.succeeded
     finally:
         broker.kill()
         broker.wait()
@@ -266,6 +270,11 @@ def test_a_workers_wrong_clock_has_no_effect(tmp_path: Path, postgres_schema_url
         os.kill(worker, signal.SIGKILL)
         wait_for(lambda: client.job(lost.id).attempt == 2, "second attempt", 40)
         assert time.monotonic() - began < 40
+        [*_, begins] = [
+            line for line in service.log_path.read_text().splitlines() if "attempt started" in line
+        ]
+        logged = datetime.fromisoformat(json.loads(begins)["timestamp"])
+        assert (datetime.now(UTC) - logged).total_seconds() > 3000  # So it was wrong indeed.
         # All times are the database's, and so is what the client's clock says.
         now = datetime.now(UTC)
         shown = [client.job(job.id).finished_at, client.attempts(lost.id)[1].started_at]

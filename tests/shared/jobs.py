@@ -49,7 +49,7 @@ def take(database: Database, owner: str = "w1", capacity: Capacity = CPU) -> Cla
 
 def claim(database: Database, owner: str = "w1", capacity: Capacity = CPU) -> Fence | None:
     taken = take(database, owner, capacity)
-    return taken and taken.fence
+    return None if taken is None else taken.fence
 
 
 def claimed(database: Database, owner: str = "w1") -> Fence:

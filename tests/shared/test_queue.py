@@ -173,32 +173,38 @@ def test_one_may_wait_only_for_what_can_still_succeed(database: Database) -> Non
         assert [error["loc"] for error in refused.value.errors] == [key]
 
 
+def add_while_it_ends(database: Database, fence: Fence, end: JobStatus) -> tuple[list[str], int]:
+    """Three threads add a job each that waits for one which a fourth one ends. Returns those that
+    were added, and how many were refused."""
+    barrier = threading.Barrier(4)
+    added: list[str] = []
+    refused: list[InvalidInput] = []
+
+    def add() -> None:
+        barrier.wait()
+        try:
+            added.append(add_job(database, after=fence.job_id))
+        except InvalidInput as error:
+            refused.append(error)
+
+    def stop() -> None:
+        barrier.wait()
+        finish(database, fence, end)
+
+    in_threads(stop, add, add, add)
+    return added, len(refused)
+
+
 @pytest.mark.parametrize("end", [JobStatus.succeeded, JobStatus.failed])
 def test_a_job_added_in_the_moment_the_other_ends_is_settled(
     database: Database, end: JobStatus
 ) -> None:
     for _ in range(25):
         fence = running(database)
-        barrier = threading.Barrier(4)
-        added: list[str] = []
-        num_refused: list[None] = []
-
-        def add(barrier: threading.Barrier, fence: Fence) -> None:
-            barrier.wait()
-            try:
-                added.append(add_job(database, after=fence.job_id))  # noqa: B023 - joined below
-            except InvalidInput:
-                num_refused.append(None)  # noqa: B023
-
-        def stop(barrier: threading.Barrier, fence: Fence) -> None:
-            barrier.wait()
-            finish(database, fence, end)
-
-        adding = [lambda b=barrier, f=fence: add(b, f)] * 3
-        in_threads(lambda b=barrier, f=fence: stop(b, f), *adding)
-        assert len(added) + len(num_refused) == 3
+        added, num_refused = add_while_it_ends(database, fence, end)
+        assert len(added) + num_refused == 3
         if end is JobStatus.succeeded:
-            assert num_refused == []
+            assert num_refused == 0
             assert sorted(taken_in_order(database)) == sorted(added)
         else:
             assert {status(database, job_id) for job_id in added} <= {JobStatus.failed}
