@@ -148,6 +148,8 @@ def store(
     Raises:
         AppError, SpecRefused: it cannot work.
     """
+    # Before any checkpoint is locked: transactions of trainers lock in this order, too.
+    repository.hold_predecessor(session, spec)
     if isinstance(spec, TrainSpec):
         return _store_training(session, spec, submitter, kind)
     if isinstance(spec, EvaluateSpec):

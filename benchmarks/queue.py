@@ -64,6 +64,7 @@ SPEC = {"kind": "train", "dataset": "digits"}
 SERIES = ("train_loss", "train_top1", "lr", "images_per_second")
 LEASE_SECONDS = 3600.0
 MAX_POINTS = 2000
+POINTS_PER_PORTION = 10_000
 POINTS_PER_WRITE = 100
 """Of the part `metrics`: what a trainer that logs 25 steps with 4 series hands in at once."""
 
@@ -294,25 +295,14 @@ def write_points(
     hints.close()
 
 
-INSERT_HISTORY = """
-INSERT INTO metric_points (job_id, number, attempt, name, step, epoch, value, time)
-WITH RECURSIVE numbers(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM numbers WHERE n < :num_points)
-SELECT :job_id, n, 1,
-       CASE n % 4 WHEN 0 THEN 'train_loss' WHEN 1 THEN 'train_top1' WHEN 2 THEN 'lr'
-                  ELSE 'images_per_second' END,
-       (n + 3) / 4, 1 + n / 100000, 1.0 / n + (n * 7919 % 1000) / 1000.0, 1000 * n
-FROM numbers
-"""
-"""A noisy curve of four series, made where it is stored."""
-
-
 def measure_read(arguments: argparse.Namespace, place: Cluster) -> list[Figure]:
     """Over one connection, one request after the other; the first one finds nothing cached."""
     fence = hold_a_job(place.database)
-    with place.database.session_scope() as session:
-        values = {"num_points": arguments.points, "job_id": fence.job_id}
-        session.execute(text(INSERT_HISTORY), values)
-        repository.get_job(session, fence.job_id).last_point = arguments.points
+    for first in range(0, arguments.points, POINTS_PER_PORTION):
+        numbers = range(first, min(first + POINTS_PER_PORTION, arguments.points))
+        with place.database.session_scope() as session:
+            points = [noisy_point(number) for number in numbers]
+            repository.write_progress(session, fence, None, points)
     analyze(place.database, "metric_points")
     path = f"/jobs/{fence.job_id}/metrics?max_points={MAX_POINTS}"
     milliseconds = []
@@ -326,6 +316,13 @@ def measure_read(arguments: argparse.Namespace, place: Cluster) -> list[Figure]:
     what = f"{arguments.points} points, max_points={MAX_POINTS}"
     first = Figure(f"{what}, first", milliseconds[0], "ms")
     return [first, *quantiles(what, milliseconds, "ms", at_most=arguments.most_read_ms)]
+
+
+def noisy_point(number: int) -> NewPoint:
+    """Of four series that take turns."""
+    step = number // len(SERIES) + 1
+    value = 1 / step + number * 7919 % 1000 / 1000
+    return NewPoint(SERIES[number % len(SERIES)], step, 1 + step // 25_000, value)
 
 
 def check_history(document: dict[str, Any], num_points: int) -> None:

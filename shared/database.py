@@ -6,6 +6,7 @@ come from the database's clock (`db_now`), so that workers with wrong clocks can
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -14,9 +15,10 @@ from typing import Any
 
 from sqlalchemy import BigInteger, Dialect, create_engine, event
 from sqlalchemy.engine import Connection, Engine, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.exc import ArgumentError, DBAPIError, DisconnectionError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import Session
+from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeDecorator
@@ -24,6 +26,8 @@ from sqlalchemy.types import TypeDecorator
 from shared.errors import SetupError
 
 BUSY_TIMEOUT_SECONDS = 30
+TRUSTED_SECONDS = 0.2
+"""A PostgreSQL connection that was used within so long is taken to be alive."""
 _PATIENCE = {
     "connect_timeout": 5,
     "keepalives_idle": 10,
@@ -88,9 +92,7 @@ class Database:
             if parsed.get_backend_name() == "sqlite":
                 self.engine = _sqlite_engine(url, parsed.database)
             elif parsed.get_backend_name() == "postgresql":
-                self.engine = create_engine(
-                    url, pool_pre_ping=True, pool_size=8, connect_args=_PATIENCE
-                )
+                self.engine = _postgresql_engine(url)
             else:
                 raise SetupError("SKIPLINE_DATABASE_URL must be a postgresql:// or sqlite:/// URL")
         except (ArgumentError, ImportError):
@@ -129,6 +131,28 @@ class Database:
 
     def dispose(self) -> None:
         self.engine.dispose()
+
+
+def _postgresql_engine(url: str) -> Engine:
+    """An engine that asks a connection whether it still lives before it is used again, as
+    SQLAlchemy's `pool_pre_ping` does, but not at every turn of a busy one."""
+    engine = create_engine(url, pool_size=8, connect_args=_PATIENCE)
+
+    @event.listens_for(engine, "checkin")
+    def _note_use(connection: Any, record: ConnectionPoolEntry) -> None:
+        record.info["used_at"] = time.monotonic()
+
+    @event.listens_for(engine, "checkout")
+    def _check(connection: Any, record: ConnectionPoolEntry, proxy: Any) -> None:
+        used_at = record.info.get("used_at")
+        if used_at is None or time.monotonic() - used_at < TRUSTED_SECONDS:
+            return
+        try:
+            engine.dialect.do_ping(connection)
+        except engine.dialect.loaded_dbapi.Error:
+            raise DisconnectionError from None  # The pool takes another, or makes one.
+
+    return engine
 
 
 def _sqlite_engine(url: str, path: str | None) -> Engine:

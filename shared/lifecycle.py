@@ -19,6 +19,7 @@ from sqlalchemy import (
     case,
     insert,
     literal,
+    literal_column,
     or_,
     select,
     update,
@@ -89,6 +90,16 @@ class Fence:
     owner: str
 
 
+@dataclass(frozen=True)
+class NewEvent:
+    """Something that happens to a job. `level`: info, warning or error."""
+
+    level: str
+    type: str
+    message: str
+    data: dict[str, Any] = field(default_factory=dict)
+
+
 class Superseded(Exception):
     """The job is no longer this attempt's: stop at once and write nothing more."""
 
@@ -109,11 +120,12 @@ def transition(
     sources: Iterable[JobStatus],
     target: JobStatus,
     *,
+    event: NewEvent | None = None,
     where: ColumnElement[bool] | None = None,
     **values: Any,
 ) -> bool:
-    """Moves a job from one of `sources` to `target`; False when it is in none of them, or does
-    not fulfil `where`."""
+    """Moves a job from one of `sources` to `target`, and records the event that tells so; False
+    when it is in none of them, or does not fulfil `where`."""
     sources = tuple(sources)
     for source in sources:
         assert target in TRANSITIONS[source], f"{source} -> {target} is no transition"
@@ -121,12 +133,18 @@ def transition(
         values |= {"finished_at": db_now(), "waits_for": None}
     if target not in OWNED:
         values |= {"owner": None, "worker_id": None, "host": None, "lease_until": None}
+    if event is not None:
+        values["last_event"] = Job.last_event + 1
     statement = update(Job).where(Job.id == job_id, Job.status.in_(sources))
     if where is not None:
         statement = statement.where(where)
-    result = session.connection().execute(statement.values(status=target, **values))
-    if result.rowcount != 1:
+    statement = statement.values(status=target, **values)
+    moved = session.connection().execute(statement.returning(Job.last_event, Job.attempt))
+    row = moved.one_or_none()
+    if row is None:
         return False
+    if event is not None:
+        _insert_event(session, job_id, row.last_event, row.attempt, event)
     if target.is_terminal:
         _settle_waiting(session, job_id, target)
     return True
@@ -143,6 +161,7 @@ def _settle_waiting(session: Session, job_id: str, status: JobStatus) -> None:
         "message": f"The job {job_id}, for which this one waited, {how}",
         "hint": "Retry that one, then submit this one again with after: the new job's id",
     }
+    event = NewEvent("error", S.failed.value, error["message"], error)
     over = [job_id]
     while over:  # One generation after the other: a chain may be longer than Python's stack.
         failed = session.connection().execute(
@@ -159,7 +178,7 @@ def _settle_waiting(session: Session, job_id: str, status: JobStatus) -> None:
         )
         rows = failed.all()
         for row in rows:
-            _insert_event(session, *row, "error", S.failed.value, error["message"], error)
+            _insert_event(session, *row, event)
         over = [row.id for row in rows]
 
 
@@ -167,7 +186,7 @@ def _settle_waiting(session: Session, job_id: str, status: JobStatus) -> None:
 
 IN_ORDER = (Job.rank, Job.created_at, Job.id)
 """Whose turn it is: the highest priority first, and within it the one that came first."""
-IS_READY = (Job.status == S.queued) & Job.waits_for.is_(None)
+IS_READY = (Job.status == literal_column(f"'{S.queued}'")) & Job.waits_for.is_(None)
 """The condition that a job waits for nothing but a worker."""
 
 
@@ -284,16 +303,10 @@ def claim(
         _INSERT_ATTEMPT,
         {"job_id": claimed.id, "number": claimed.attempt, "owner": owner, "host": host},
     )
-    _insert_event(
-        session,
-        claimed.id,
-        claimed.last_event,
-        claimed.attempt,
-        "info",
-        "started",
-        f"Attempt {claimed.attempt} begins on {host}",
-        {"host": host},
+    begins = NewEvent(
+        "info", "started", f"Attempt {claimed.attempt} begins on {host}", {"host": host}
     )
+    _insert_event(session, claimed.id, claimed.last_event, claimed.attempt, begins)
     if claimed.stop_requested:
         transition(session, claimed.id, (S.running,), S.stopping)
     return Claim(Fence(claimed.id, claimed.attempt, owner), claimed.num_gpus)
@@ -392,8 +405,16 @@ def request(session: Session, job_id: str, action: Action) -> None:
     where = is_training if action == "stop" else None
     for _ in range(3):  # The status may change between two statements: try the other one again.
         for move in rule.moves:
-            if transition(session, job_id, move.sources, move.target, where=where, **move.values):
-                record(session, job_id, "info", move.event, move.message)
+            event = NewEvent("info", move.event, move.message)
+            if transition(
+                session,
+                job_id,
+                move.sources,
+                move.target,
+                event=event,
+                where=where,
+                **move.values,
+            ):
                 return
         query = select(Job.status, Job.kind, Job.stop_requested).where(Job.id == job_id)
         row = session.execute(query).one_or_none()
@@ -428,23 +449,23 @@ def finish(
     """
     sources = [source for source in OWNED if status in TRANSITIONS[source]]
     stopped = case((Job.stop_requested, literal("user")), else_=None)
+    message = error["message"] if error else f"The job has {status}"
+    if status is S.cancelled:
+        message = "Cancelled while it ran"
+    level = "error" if status is S.failed else "info"
     if not transition(
         session,
         fence.job_id,
         sources,
         status,
+        event=NewEvent(level, status.value, message, error or {}),
         where=holds(fence),
         result=result,
         error=error,
         stop_reason=stopped if stop_reason is None and status is S.succeeded else stop_reason,
     ):
         raise Superseded(fence.job_id)
-    message = error["message"] if error else f"The job has {status}"
-    if status is S.cancelled:
-        message = "Cancelled while it ran"
     _end_attempt(session, fence.job_id, fence.attempt, status.value, message)
-    level = "error" if status is S.failed else "info"
-    record(session, fence.job_id, level, status.value, message, error or {})
 
 
 def release(session: Session, fence: Fence, reason: str) -> None:
@@ -479,6 +500,7 @@ def lose(
         job_id,
         (S.running, S.stopping),
         S.failed,
+        event=NewEvent("error", "failed", f"Given up after {max_crashes} crashes: {reason}"),
         where=condition & (Job.crashes + 1 >= max_crashes),
         crashes=Job.crashes + 1,
         error=error
@@ -490,9 +512,6 @@ def lose(
     )
     if too_often:
         _end_attempt(session, job_id, attempt, "lost", reason)
-        record(
-            session, job_id, "error", "failed", f"Given up after {max_crashes} crashes: {reason}"
-        )
         return True
     try:
         _give_up(session, job_id, attempt, condition, "lost", reason, crash=True)
@@ -517,11 +536,10 @@ def _give_up(
 ) -> None:
     for source, target in AFTER_LOSS.items():
         crashes = {"crashes": Job.crashes + 1} if crash else {}
-        if transition(session, job_id, (source,), target, where=condition, **crashes):
-            if not crash:
-                outcome = _OUTCOMES.get(target, outcome)
-            _end_attempt(session, job_id, attempt, outcome, reason)
-            record(session, job_id, "warning" if crash else "info", outcome, reason)
+        ended = outcome if crash else _OUTCOMES.get(target, outcome)
+        event = NewEvent("warning" if crash else "info", ended, reason)
+        if transition(session, job_id, (source,), target, event=event, where=condition, **crashes):
+            _end_attempt(session, job_id, attempt, ended, reason)
             return
     raise Superseded(job_id)
 
@@ -543,18 +561,11 @@ def record(
 ) -> None:
     """Adds an event, numbered within its job. `level`: info, warning or error."""
     number, attempt = session.connection().execute(_NUMBER_EVENT, {"of_job": job_id}).one()
-    _insert_event(session, job_id, number, attempt, level, type_, message, data or {})
+    _insert_event(session, job_id, number, attempt, NewEvent(level, type_, message, data or {}))
 
 
 def _insert_event(
-    session: Session,
-    job_id: str,
-    number: int,
-    attempt: int,
-    level: str,
-    type_: str,
-    message: str,
-    data: dict[str, Any],
+    session: Session, job_id: str, number: int, attempt: int, event: NewEvent
 ) -> None:
     session.connection().execute(
         _INSERT_EVENT,
@@ -562,9 +573,9 @@ def _insert_event(
             "job_id": job_id,
             "number": number,
             "attempt": attempt,
-            "level": level,
-            "type": type_,
-            "message": message[:4000],
-            "data": data,
+            "level": event.level,
+            "type": event.type,
+            "message": event.message[:4000],
+            "data": event.data,
         },
     )

@@ -129,7 +129,7 @@ def add_job(
         "num_processes": resources.num_processes if resources else 1,
         "submitter": submitter,
         "parent_id": parent_id,
-        "waits_for": _predecessor(session, spec),
+        "waits_for": hold_predecessor(session, spec),
         "dataset_id": dataset_id,
         "checkpoint_id": checkpoint_id,
         "speed_key": workload.speed_key if workload else kind,
@@ -161,9 +161,10 @@ def _device_of(spec: AnySpec) -> str:
     return "any" if isinstance(spec, IngestSpec) else spec.resources.device
 
 
-def _predecessor(session: Session, spec: AnySpec) -> str | None:
+def hold_predecessor(session: Session, spec: AnySpec) -> str | None:
     """The job that has to succeed first, if it has not yet. Its row stays locked until the new job
-    is stored: should it end in this moment, it finds the job that waits for it."""
+    is stored: should it end in this moment, it finds the job that waits for it. Raises
+    `InvalidInput`, as `add_job`."""
     if isinstance(spec, IngestSpec) or spec.after is None:
         return None
     locked = select(Job.status).where(Job.id == spec.after).with_for_update(read=True)

@@ -21,11 +21,15 @@ from sqlalchemy.exc import OperationalError
 from shared import schema
 from shared.database import Database
 from shared.settings import Settings
+from tests.soak.servers import Missing, Redis
 
 POSTGRES_URL = "SKIPLINE_TEST_POSTGRES_URL"
 REDIS_URL = "SKIPLINE_TEST_REDIS_URL"
 NUM_REDIS_DATABASES = 16
 CLAIM_SECONDS = 3600
+TESTS = Path(__file__).parent
+ALONE = ("test_docs.py", "test_containers.py")
+"""Files of tests that start whole services, as those in `e2e` do: all else shares the cores."""
 
 
 def _missing(what: str, variable: str) -> NoReturn:
@@ -33,6 +37,13 @@ def _missing(what: str, variable: str) -> NoReturn:
     if os.environ.get("CI") == "true":
         pytest.fail(reason)
     pytest.skip(reason)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        path = item.path.relative_to(TESTS)
+        if path.parts[0] == "e2e" or path.name in ALONE:
+            item.add_marker("alone")
 
 
 @pytest.fixture(autouse=True)
@@ -131,6 +142,18 @@ def redis_url() -> Iterator[str]:
             client.delete("skipline-tests")
         client.close()
     pytest.fail(f"No empty database is left in the Redis of {REDIS_URL}")
+
+
+@pytest.fixture
+def own_redis(tmp_path: Path) -> Iterator[Redis]:
+    """A Redis of the test's own, which can be killed and started again at its address."""
+    server = Redis(tmp_path)
+    try:
+        server.start()
+    except Missing:
+        _missing("redis-server", "PATH")
+    yield server
+    server.kill()
 
 
 @pytest.fixture(params=["filesystem", "redis"])

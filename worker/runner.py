@@ -72,8 +72,8 @@ def run_attempt(
     on_written = partial(hints.publish, fence.job_id)
     with closing(hints), DatabaseSink(database, storage, fence, control, on_written) as sink:
         try:
-            with database.read_scope() as session:
-                job = repository.get_job(session, fence.job_id)
+            # Tried again while the database is away: it is no crash that the job began then.
+            job = sink.persist(lambda session: repository.get_job(session, fence.job_id))
             context = jobs.Context(
                 settings, database, storage, fence, control, sink, job, load_spec(job.spec)
             )

@@ -30,11 +30,13 @@ def upgrade() -> None:
         batch_op.add_column(sa.Column("num_images", sa.BigInteger(), nullable=True))
         batch_op.add_column(sa.Column("images_per_second", sa.Double(), nullable=True))
     op.execute(sa.text("UPDATE jobs SET device = 'any' WHERE kind = 'ingest'"))
-    op.drop_index("ix_jobs_status_created_at_id", table_name="jobs")
+    ready = sa.text("status = 'queued' AND waits_for IS NULL")
     op.create_index(
-        "ix_jobs_queue",
+        "ix_jobs_ready",
         "jobs",
-        ["status", "rank", "created_at", "id", "waits_for", "speed_key", "num_images"],
+        ["rank", "created_at", "id", "speed_key", "num_images"],
+        postgresql_where=ready,
+        sqlite_where=ready,
     )
     op.create_index(op.f("ix_jobs_waits_for"), "jobs", ["waits_for"])
     op.create_index(op.f("ix_jobs_speed_key_finished_at"), "jobs", ["speed_key", "finished_at"])
@@ -103,10 +105,9 @@ def downgrade() -> None:
     for name in (
         "ix_jobs_speed_key_finished_at",
         "ix_jobs_waits_for",
-        "ix_jobs_queue",
+        "ix_jobs_ready",
     ):
         op.drop_index(name, table_name="jobs")
-    op.create_index("ix_jobs_status_created_at_id", "jobs", ["status", "created_at", "id"])
     op.execute(sa.text("UPDATE jobs SET device = 'auto' WHERE device = 'any'"))
     for name in (
         "images_per_second",

@@ -30,12 +30,11 @@ from tests.e2e.conftest import (
     draw_stripes,
     faulty,
     final_weights,
-    free_port,
     running_service,
     tiny_spec,
     wait_for,
 )
-from tests.soak.servers import Postgres
+from tests.soak.servers import Postgres, Redis
 
 LONG = 10
 """Epochs of a run that faults are done to: 60 steps."""
@@ -182,23 +181,12 @@ def test_a_worker_that_slept_past_its_lease_is_replaced_and_writes_no_more(
             other.wait(60)
 
 
-def test_a_job_runs_without_any_broker(tmp_path: Path) -> None:
-    port = free_port()
-    broker = subprocess.Popen(
-        ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", ""],
-        cwd=tmp_path,
-        stdout=subprocess.DEVNULL,
-    )
-    try:
-        variables = {"SKIPLINE_BROKER_URL": f"redis://127.0.0.1:{port}/0"}
-        with running_service(tmp_path, variables) as service, service.client() as client:
-            broker.kill()
-            broker.wait()
-            bring_in(client, draw_stripes(tmp_path))
-            assert client.wait(client.submit(tiny_spec(epochs=1)).id).status is JobStatus.succeeded
-    finally:
-        broker.kill()
-        broker.wait()
+def test_a_job_runs_without_any_broker(tmp_path: Path, own_redis: Redis) -> None:
+    variables = {"SKIPLINE_BROKER_URL": own_redis.url}
+    with running_service(tmp_path, variables) as service, service.client() as client:
+        own_redis.kill()
+        bring_in(client, draw_stripes(tmp_path))
+        assert client.wait(client.submit(tiny_spec(epochs=1)).id).status is JobStatus.succeeded
 
 
 # ------------------------------------------------------------------ on one stack, where it matters

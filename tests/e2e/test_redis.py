@@ -2,45 +2,17 @@
 
 from __future__ import annotations
 
-import subprocess
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from skipline.schemas import EndEvent, MetricEvent
-from tests.e2e.conftest import Service, bring_in, free_port, tiny_spec, wait_for
+from tests.e2e.conftest import Service, bring_in, tiny_spec, wait_for
+from tests.soak.servers import Redis
 
 EPOCHS = 8
 """48 steps."""
-
-
-class Redis:
-    """A server of the test's own, which remembers nothing."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.port = free_port()
-        self.start()
-
-    def start(self) -> None:
-        self.process = subprocess.Popen(
-            ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--save", ""],
-            cwd=self.folder,
-            stdout=subprocess.DEVNULL,
-        )
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-
-@pytest.fixture
-def own_redis(tmp_path: Path) -> Iterator[Redis]:
-    server = Redis(tmp_path)
-    yield server
-    server.kill()
 
 
 @pytest.mark.parametrize("stack", ["postgresql+redis"], indirect=True)
@@ -48,7 +20,7 @@ def test_metrics_are_complete_though_redis_restarts_empty_during_training(
     service: Service, own_redis: Redis, stripes: Path
 ) -> None:
     service.stop()
-    service.environment["SKIPLINE_BROKER_URL"] = f"redis://127.0.0.1:{own_redis.port}/0"
+    service.environment["SKIPLINE_BROKER_URL"] = own_redis.url
     service.start()
     with service.client() as client:
         bring_in(client, stripes)

@@ -9,6 +9,7 @@ from pydantic import SecretStr
 
 from shared.dispatch import MAX_WAITING_MESSAGES, QUEUE, WORK, Bell, make_celery
 from shared.settings import Settings
+from tests.soak.servers import Redis
 
 
 def settings_for(home: Path, broker_url: str | None) -> Settings:
@@ -46,6 +47,29 @@ def test_messages_for_nobody_do_not_pile_up(tmp_path: Path, broker_url: str | No
     assert len(waiting_messages(settings)) == MAX_WAITING_MESSAGES
     bell.ring()
     assert waiting_messages(settings) == [WORK]
+
+
+def test_a_bell_rings_again_once_its_broker_is_back(own_redis: Redis, tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, own_redis.url)
+    bell = Bell(settings)
+    bell.ring()
+    own_redis.kill()  # With it goes the message, and the connection that the bell kept.
+    bell.ring()
+    own_redis.start()
+    bell.ring()
+    assert waiting_messages(settings) == [WORK]
+    bell.close()
+
+
+def test_a_bell_finds_out_that_its_connection_has_died(own_redis: Redis, tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, own_redis.url)
+    bell = Bell(settings)
+    bell.ring()
+    own_redis.kill()
+    own_redis.start()
+    bell.ring()
+    assert waiting_messages(settings) == [WORK]
+    bell.close()
 
 
 def test_a_broker_that_is_down_stops_nobody(tmp_path: Path) -> None:

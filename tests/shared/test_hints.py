@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import queue
 import socket
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from shared.hints import Hints
 from shared.settings import Settings
 from tests.conftest import make_settings
 from tests.e2e.conftest import free_port, wait_for
+from tests.soak.servers import Redis
 
 
 def settings_for(home: Path, url: str | None, **values: Any) -> Settings:
@@ -53,40 +53,6 @@ def hear_first(publisher: Hints, heard: Heard) -> None:
     wait_for(is_heard, "listener that hears", 20)
     while heard.next(0.3) is not None:  # Probes that were under way.
         pass
-
-
-class OwnRedis:
-    """A Redis of the test's own, at one address for good."""
-
-    def __init__(self, folder: Path) -> None:
-        self.port = free_port()
-        self.url = f"redis://127.0.0.1:{self.port}/0"
-        self._folder = folder
-        self.start()
-
-    def start(self) -> None:
-        command = ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--save", ""]
-        self._process = subprocess.Popen(command, cwd=self._folder, stdout=subprocess.DEVNULL)
-        with redis.Redis.from_url(self.url) as client:
-            wait_for(lambda: self._answers(client), "answer of Redis", 20)
-
-    @staticmethod
-    def _answers(client: redis.Redis) -> bool:
-        try:
-            return bool(client.ping())
-        except redis.ConnectionError:
-            return False
-
-    def kill(self) -> None:
-        self._process.kill()
-        self._process.wait()
-
-
-@pytest.fixture
-def own_redis(tmp_path: Path) -> Iterator[OwnRedis]:
-    server = OwnRedis(tmp_path)
-    yield server
-    server.kill()
 
 
 def test_a_hint_is_heard_by_every_listener(redis_url: str, tmp_path: Path) -> None:
@@ -128,7 +94,7 @@ def test_installations_on_one_redis_do_not_hear_each_other(redis_url: str, tmp_p
         assert heard.next() == "ours"
 
 
-def test_a_redis_that_comes_back_is_heard_again(own_redis: OwnRedis, tmp_path: Path) -> None:
+def test_a_redis_that_comes_back_is_heard_again(own_redis: Redis, tmp_path: Path) -> None:
     settings = settings_for(tmp_path, own_redis.url)
     with closing(Hints(settings)) as listener:
         heard = Heard()
@@ -142,7 +108,7 @@ def test_a_redis_that_comes_back_is_heard_again(own_redis: OwnRedis, tmp_path: P
 
 
 def test_a_publisher_goes_on_at_once_after_a_restart_that_it_did_not_notice(
-    own_redis: OwnRedis, tmp_path: Path
+    own_redis: Redis, tmp_path: Path
 ) -> None:
     settings = settings_for(tmp_path, own_redis.url)
     with closing(Hints(settings)) as publisher:
@@ -178,7 +144,7 @@ def test_a_dead_redis_costs_a_publisher_next_to_nothing(
 
 
 def test_after_a_pause_a_publisher_tries_again(
-    own_redis: OwnRedis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    own_redis: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hints, "PAUSE_SECONDS", 0.5)
     own_redis.kill()

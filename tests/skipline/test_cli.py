@@ -524,9 +524,12 @@ def test_logs_are_printed_as_they_are(server: Server) -> None:
     assert run("jobs", "logs", "job-1", "--attempt", "0").exit_code == 2
 
 
-def test_workers_are_listed_with_their_devices_and_who_uses_them(server: Server) -> None:
+def test_workers_are_listed_with_their_devices_and_who_uses_them(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     document = {"items": [worker_document()], "next": None}
     server.on("GET /workers", answer_json(document))
+    monkeypatch.setenv("COLUMNS", "120")  # How long ago it was seen is wider from day to day.
     rows = [line.rstrip() for line in run("workers").output.splitlines()]
     assert rows[0].split() == ["host", "status", "slots", "devices", "running", "seen"]
     assert rows[1].split()[:3] == ["alpha", "active", "1/2"]
