@@ -26,9 +26,10 @@ def thin(points: Sequence[PointT], max_points: int) -> list[PointT]:
         kept = {0, len(points) - 1}
         start, end, budget = 1, len(points) - 1, max_points - 2
     num_stretches = budget // 2
+    value_at = [point.value for point in points].__getitem__
     for stretch in range(num_stretches):
         first = start + (end - start) * stretch // num_stretches
         beyond = start + (end - start) * (stretch + 1) // num_stretches
-        kept.add(min(range(first, beyond), key=lambda index: points[index].value))
-        kept.add(max(range(first, beyond), key=lambda index: points[index].value))
+        kept.add(min(range(first, beyond), key=value_at))
+        kept.add(max(range(first, beyond), key=value_at))
     return [points[index] for index in sorted(kept)]

@@ -66,7 +66,7 @@ NumberedT = TypeVar("NumberedT", MetricPoint, Event)
 """Rows that are numbered within their job."""
 MAX_ALTERNATIVES = 200
 """In one condition: SQLite takes fewer than 1000."""
-STRETCH = 256
+STRETCH = 1024
 """Numbers of points of which the extremes are marked, for readers of long curves."""
 MAX_NUMBERS = 5000
 """In one list of values."""
