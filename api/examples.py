@@ -183,6 +183,40 @@ CHECKPOINTS: Document = {
     ],
     "next": None,
 }
+MODEL: Document = {
+    "alias": "production",
+    "checkpoint_id": _CHECKPOINT_ID,
+    "former_checkpoint_id": None,
+    "job_id": _JOB_ID,
+    "arch": "resnet18",
+    "dataset": "cats-and-dogs",
+    "dataset_id": _DATASET_ID,
+    "epoch": 2,
+    "step": 22,
+    "metrics": {"val_loss": 0.64, "val_top1": 0.82},
+    "num_bytes": 134217728,
+    "notes": "Takes photos from outdoors too",
+    "tags": ["outdoors"],
+    "number": 1,
+    "moved_at": _TIME,
+}
+MODELS: Document = {"items": [MODEL], "next": None}
+ALIAS_CHANGES: Document = {
+    "move it": {"checkpoint_id": _CHECKPOINT_ID},
+    "say what of it": {"notes": "Takes photos from outdoors too", "tags": ["outdoors"]},
+}
+ALIAS_MOVES: Document = {
+    "items": [
+        {
+            "number": 1,
+            "checkpoint_id": _CHECKPOINT_ID,
+            "job_id": _JOB_ID,
+            "submitter": "",
+            "created_at": _TIME,
+        }
+    ],
+    "next": None,
+}
 REPORT: Document = {
     "dataset": "cats-and-dogs",
     "dataset_id": _DATASET_ID,

@@ -15,6 +15,7 @@ from api import examples
 from api import problems as problem_documents
 from api.dependencies import OPEN_PATHS
 from skipline.schemas import ProblemDocument
+from skipline.specs import PRODUCTION
 
 JSON = "application/json"
 PNG = "image/png"
@@ -92,7 +93,7 @@ def form_body(example: Mapping[str, Any]) -> Document:
     """What `openapi_extra` says of the form of `POST /predict`."""
     schema = {
         "type": "object",
-        "required": ["image", "model"],
+        "required": ["image"],
         "additionalProperties": False,
         "properties": {
             "image": {
@@ -101,7 +102,11 @@ def form_body(example: Mapping[str, Any]) -> Document:
                 "items": {"type": "string", "format": "binary"},
                 "description": "Image files: JPEG, PNG, BMP, WebP, GIF or TIFF",
             },
-            "model": {"type": "string", "description": "The id of a job or of a checkpoint"},
+            "model": {
+                "type": "string",
+                "default": PRODUCTION,
+                "description": "An alias, or the id of a job or of a checkpoint",
+            },
             "top_k": {"type": "integer", "minimum": 1, "default": 5},
         },
     }

@@ -24,7 +24,7 @@ from shared import repository
 from shared.database import Database
 from shared.errors import CheckpointCorrupt, InvalidInput, ModelNotFound
 from skipline import schemas
-from skipline.specs import TrainSpec, error_items, load_spec
+from skipline.specs import PRODUCTION, TrainSpec, error_items, load_spec
 
 router = APIRouter(tags=["predictions"])
 
@@ -35,7 +35,7 @@ class PredictionForm(BaseModel):
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
     image: Annotated[list[UploadFile], Field(min_length=1)]
-    model: str
+    model: str = PRODUCTION
     top_k: Annotated[int, Field(ge=1)] = 5
 
     @classmethod
@@ -63,7 +63,7 @@ class StoredModel:
 def find_model(database: Database, reference: str) -> StoredModel:
     """Raises `ModelNotFound` or `NoCheckpointYet`."""
     if not is_id(reference):
-        raise ModelNotFound("There is neither a job nor a checkpoint of this id")
+        raise ModelNotFound("There is no checkpoint, no job and no alias of this name")
     with database.read_scope() as session:
         checkpoint = repository.find_model(session, reference)
         spec = load_spec(repository.get_job(session, checkpoint.job_id).spec)
@@ -91,9 +91,9 @@ def find_model(database: Database, reference: str) -> StoredModel:
     openapi_extra=openapi.form_body(examples.PREDICT_FORM),
 )
 async def predict(request: Request, services: ServicesDep) -> schemas.Predictions:
-    """Takes a multipart form with one or many `image` files, the `model` (a checkpoint's id, or a
-    job's for its best checkpoint) and `top_k`, how many classes to name. Also works while the job
-    still trains."""
+    """Takes a multipart form with one or many `image` files, the `model` (a checkpoint's id, a
+    job's for its best checkpoint, or an alias: `production` by default) and `top_k`, how many
+    classes to name. Also works while the job still trains."""
     async with form_body(request, services.settings.max_predict_images) as parts:
         form = PredictionForm.parse(parts)
         with services.inference.place():

@@ -296,7 +296,8 @@ def write_points(
 
 
 def measure_read(arguments: argparse.Namespace, place: Cluster) -> list[Figure]:
-    """Over one connection, one request after the other; the first one finds nothing cached."""
+    """Over one connection, one request after the other; the first ones find nothing cached, and
+    an API that is still loading torch beside them."""
     fence = hold_a_job(place.database)
     for first in range(0, arguments.points, POINTS_PER_PORTION):
         numbers = range(first, min(first + POINTS_PER_PORTION, arguments.points))
@@ -447,7 +448,7 @@ def parser() -> argparse.ArgumentParser:
     add("--write-seconds", type=float, default=1.0, help="between two writes of such a job")
     add("--most-lag-seconds", type=float, default=1.0, help="goal of the part streams")
     add("--points", type=positive, default=1_000_000, help="of the part read")
-    add("--reads", type=positive, default=9, help="of the part read")
+    add("--reads", type=positive, default=31, help="of the part read")
     add("--most-read-ms", type=float, default=200.0, help="goal of the part read")
     add("--history", type=positive, default=20_000, help="points of the part metrics")
     add("--mlflow", metavar="COMMAND", help="the mlflow of an environment of its own")

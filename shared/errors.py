@@ -100,6 +100,11 @@ class ModelNotFound(NotFound):
     title = "There is no such model"
 
 
+class AliasNotFound(NotFound):
+    code = "alias_not_found"
+    title = "There is no such alias"
+
+
 class ReportNotReady(NotFound):
     code = "report_not_ready"
     title = "The job has no report yet"
@@ -131,6 +136,13 @@ class JobInUse(Conflict):
 
     code = "in_use"
     title = "The job is in use"
+
+
+class NothingToTakeBack(Conflict):
+    """The alias never stood for another model, or that one is gone."""
+
+    code = "nothing_to_take_back"
+    title = "The alias has no former model"
 
 
 class IdempotencyMismatch(Conflict):

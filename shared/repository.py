@@ -22,6 +22,7 @@ from sqlalchemy import (
     or_,
     select,
     tuple_,
+    union_all,
     update,
 )
 from sqlalchemy.exc import IntegrityError
@@ -44,6 +45,7 @@ from shared.errors import (
 )
 from shared.lifecycle import Fence, Superseded, holds
 from shared.tables import (
+    Alias,
     Attempt,
     Checkpoint,
     Dataset,
@@ -78,6 +80,10 @@ FORGET_WORKER_SECONDS = 3600.0
 NUM_MEASURED_JOBS = 20
 """So many of the last jobs of a kind say how long the next one takes."""
 _IS_UNFINISHED = Job.status.not_in([status for status in JobStatus if status.is_terminal])
+_SERVED = (select(Alias.checkpoint_id), select(Alias.former_id).where(Alias.former_id.is_not(None)))
+"""Checkpoints that aliases stand for, now or before their last moves."""
+_PINNED = select(Job.checkpoint_id).where(Job.checkpoint_id.is_not(None), _IS_UNFINISHED)
+"""Checkpoints that unfinished jobs need."""
 
 
 @dataclass(frozen=True)
@@ -438,7 +444,7 @@ def delete_job(session: Session, job_id: str) -> list[str]:
     Raises:
         JobNotFound: there is no such job.
         IllegalTransition: an attempt owns it.
-        JobInUse: a job waits for it, or for a checkpoint of it.
+        JobInUse: a job waits for it, or a job or an alias needs a checkpoint of it.
     """
     status = session.scalar(select(Job.status).where(Job.id == job_id).with_for_update())
     if status is None:
@@ -450,9 +456,16 @@ def delete_job(session: Session, job_id: str) -> list[str]:
     # Locked before the needs are read: see `pin_model`.
     checkpoints = select(Checkpoint).where(Checkpoint.job_id == job_id).with_for_update()
     rows = list(session.scalars(checkpoints))
-    user = select(Job.id).where(Job.checkpoint_id.in_([row.id for row in rows]), _IS_UNFINISHED)
+    ids = [row.id for row in rows]
+    user = select(Job.id).where(Job.checkpoint_id.in_(ids), _IS_UNFINISHED)
     if needs := session.scalar(user.where(Job.id != job_id).limit(1)):
         raise JobInUse(f"The job {needs} needs a checkpoint of this one: cancel that one first")
+    is_served = Alias.checkpoint_id.in_(ids) | Alias.former_id.in_(ids)
+    if alias := session.scalar(select(Alias.name).where(is_served).order_by(Alias.name).limit(1)):
+        raise JobInUse(
+            f"The alias {alias} stands for a checkpoint of this job, or did before its last move: "
+            "delete the alias, or move it twice"
+        )
     keys = {row.key for row in rows}
     session.connection().execute(delete(Job).where(Job.id == job_id))
     return unnamed_keys(session, keys)
@@ -915,8 +928,7 @@ def register_checkpoint(
 
 def retire_checkpoints(session: Session, job_id: str, keep: Mapping[str, int]) -> list[str]:
     """Drops the rows beyond `keep[kind]` newest of each kind, but for those that an unfinished
-    job needs. Returns the keys that no row names any more: their files can go."""
-    needed = select(Job.checkpoint_id).where(Job.checkpoint_id.is_not(None), _IS_UNFINISHED)
+    job or an alias needs. Returns the keys that no row names any more: their files can go."""
     dropped: set[str] = set()
     for kind, num_kept in keep.items():
         newest_first = (
@@ -927,7 +939,7 @@ def retire_checkpoints(session: Session, job_id: str, keep: Mapping[str, int]) -
         )
         # Locked before the needs are read: see `pin_model`.
         superfluous = list(session.scalars(newest_first))[num_kept:]
-        needed_ids = set(session.scalars(needed))
+        needed_ids = set(session.scalars(union_all(*_SERVED, _PINNED)))
         for row in superfluous:
             if row.id not in needed_ids:
                 dropped.add(row.key)
@@ -948,10 +960,11 @@ def unnamed_keys(session: Session, keys: Collection[str]) -> list[str]:
 
 
 def forget_checkpoints_after(session: Session, fence: Fence, step: int) -> list[str]:
-    """Drops checkpoints later than `step`, which a resumed attempt writes anew. Returns the keys
-    whose files can go. Raises `Superseded`."""
+    """Drops checkpoints later than `step`, which a resumed attempt writes anew, but for those that
+    aliases stand for. Returns the keys whose files can go. Raises `Superseded`."""
     _update_owned(session, fence, progress_at=db_now())
-    later = (Checkpoint.job_id == fence.job_id) & (Checkpoint.step > step)
+    is_later = (Checkpoint.job_id == fence.job_id) & (Checkpoint.step > step)
+    later = is_later & Checkpoint.id.not_in(union_all(*_SERVED))
     keys = set(session.scalars(select(Checkpoint.key).where(later)))
     session.connection().execute(delete(Checkpoint).where(later))
     return unnamed_keys(session, keys)
@@ -981,11 +994,11 @@ def checkpoint_document(row: Checkpoint) -> schemas.Checkpoint:
 
 
 def find_model(session: Session, reference: str) -> Checkpoint:
-    """The checkpoint that a client means: by its own id, or by its job's, which stands for the
-    best one, else the last.
+    """The checkpoint that a client means: by its own id, by its job's, which stands for the best
+    one, else the last, or by an alias.
 
     Raises:
-        ModelNotFound: neither a checkpoint nor a job.
+        ModelNotFound: neither a checkpoint nor a job nor an alias.
         NoCheckpointYet: a job that has written none.
     """
     row = session.get(Checkpoint, reference)
@@ -993,7 +1006,14 @@ def find_model(session: Session, reference: str) -> Checkpoint:
         return row
     job = session.get(Job, reference)
     if job is None:
-        raise ModelNotFound(f"There is neither a job nor a checkpoint {reference[:64]}")
+        alias = select(Checkpoint).join(Alias, Alias.checkpoint_id == Checkpoint.id)
+        row = session.scalar(alias.where(Alias.name == reference))
+        if row is not None:
+            return row
+        raise ModelNotFound(
+            f"There is no checkpoint, no job and no alias {reference[:64]}; GET /models lists the "
+            "aliases"
+        )
     rows = list_checkpoints(session, reference)
     for kind in ("best", "last", "epoch"):
         for row in rows:

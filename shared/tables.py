@@ -235,6 +235,37 @@ class Checkpoint(Base):
     created_at: Mapped[datetime]
 
 
+class Alias(Base):
+    """A name under which a model is served: `production`, `candidate`, any."""
+
+    __tablename__ = "aliases"
+    __table_args__ = (Index(None, "checkpoint_id"), Index(None, "former_id"))
+
+    name: Mapped[str] = mapped_column(String(64), primary_key=True)
+    checkpoint_id: Mapped[str] = mapped_column(ForeignKey("checkpoints.id"))
+    former_id: Mapped[str | None] = mapped_column(ForeignKey("checkpoints.id"))
+    """What it stood for before; kept like the present one, so that a move can be taken back."""
+    number: Mapped[int]
+    """Of its newest move."""
+    notes: Mapped[str] = mapped_column(Text)
+    tags: Mapped[list[Any]]
+    moved_at: Mapped[datetime]
+
+
+class AliasMove(Base):
+    """A line of an alias's history, which outlives the alias and the checkpoints."""
+
+    __tablename__ = "alias_moves"
+
+    name: Mapped[str] = mapped_column(String(64), primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True)
+    checkpoint_id: Mapped[str | None] = mapped_column(String(64))
+    """Null: the alias was deleted."""
+    job_id: Mapped[str | None] = mapped_column(String(64))
+    submitter: Mapped[str] = mapped_column(String(64))
+    created_at: Mapped[datetime]
+
+
 class Dataset(Base):
     """An immutable dataset; its images lie in the storage below `key`."""
 

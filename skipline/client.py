@@ -20,6 +20,7 @@ from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from skipline.schemas import (
+    AliasMove,
     Architecture,
     Attempt,
     Checkpoint,
@@ -31,6 +32,7 @@ from skipline.schemas import (
     Job,
     MetricEvent,
     Metrics,
+    Model,
     Page,
     Predictions,
     ProblemDocument,
@@ -41,7 +43,7 @@ from skipline.schemas import (
     Summary,
     Worker,
 )
-from skipline.specs import EvaluateSpec, TrainSpec
+from skipline.specs import PRODUCTION, EvaluateSpec, TrainSpec
 
 DocumentT = TypeVar("DocumentT", bound=BaseModel)
 PageT = TypeVar("PageT", bound=Page[Any])
@@ -428,19 +430,56 @@ class Skipline:
         self,
         images: str | os.PathLike[str] | bytes | Sequence[str | os.PathLike[str] | bytes],
         *,
-        model: str,
+        model: str = PRODUCTION,
         top_k: int | None = None,
     ) -> Predictions:
         """Classifies images, given as paths or as the bytes of image files.
 
-        `model`: a checkpoint's id, or a job's for its best checkpoint. Raises `OSError` for a path
-        that cannot be read.
+        `model`: an alias, a checkpoint's id, or a job's for its best checkpoint. Raises `OSError`
+        for a path that cannot be read.
         """
         if isinstance(images, (str, bytes, os.PathLike)):
             images = [images]
         files = [("image", _upload(image, place)) for place, image in enumerate(images)]
         form = {"model": model} | ({} if top_k is None else {"top_k": str(top_k)})
         return self._ask(Predictions, "POST", "predict", data=form, files=files)
+
+    # Models under the names by which they are served.
+
+    def models(self) -> list[Model]:
+        """What each alias stands for."""
+        return [model for page in self._pages(Page[Model], "models") for model in page.items]
+
+    def model(self, alias: str) -> Model:
+        """What the alias stands for."""
+        return self._ask(Model, "GET", f"models/{_segment(alias)}")
+
+    def promote(
+        self,
+        model: str | None,
+        alias: str = PRODUCTION,
+        *,
+        notes: str | None = None,
+        tags: Sequence[str] | None = None,
+    ) -> Model:
+        """Lets the alias stand for a model: a checkpoint's id, a job's for its best checkpoint, or
+        another alias; without one only `notes` and `tags` are changed. What is None stays."""
+        change = {"checkpoint_id": model, "notes": notes, "tags": tags}
+        given = {key: value for key, value in change.items() if value is not None}
+        return self._ask(Model, "PUT", f"models/{_segment(alias)}", json=given)
+
+    def rollback(self, alias: str = PRODUCTION) -> Model:
+        """Lets the alias stand for what it stood for before its last move."""
+        return self._ask(Model, "POST", f"models/{_segment(alias)}/rollback")
+
+    def model_history(self, alias: str = PRODUCTION) -> list[AliasMove]:
+        """What the alias has stood for, the newest first."""
+        pages = self._pages(Page[AliasMove], f"models/{_segment(alias)}/history")
+        return [move for page in pages for move in page.items]
+
+    def delete_alias(self, alias: str) -> None:
+        """Takes the name away; the model stays."""
+        self._answer("DELETE", f"models/{_segment(alias)}", expected=(204,))
 
     def workers(self) -> list[Worker]:
         """The workers that were seen within the last hour, and what each of them runs."""

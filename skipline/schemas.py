@@ -220,6 +220,38 @@ class Checkpoint(Document):
     created_at: Time
 
 
+class Model(Document):
+    """A model under the name by which it is served. `number` counts the moves of the alias;
+    `former_checkpoint_id` is what taking the last one back leads to."""
+
+    alias: str
+    checkpoint_id: str
+    former_checkpoint_id: str | None
+    job_id: str
+    arch: str
+    dataset: str
+    dataset_id: str | None
+    epoch: int
+    step: int
+    metrics: dict[str, float]
+    num_bytes: int
+    notes: str
+    tags: list[str]
+    number: int
+    moved_at: Time
+
+
+class AliasMove(Document):
+    """A line of an alias's history; without a checkpoint, the alias was deleted. `submitter` is a
+    digest of the key that did it, empty where the server asks for none."""
+
+    number: int
+    checkpoint_id: str | None
+    job_id: str | None
+    submitter: str
+    created_at: Time
+
+
 class ClassReport(Document):
     """One class of a report. `accuracy` equals recall; precision and f1 are 0 where undefined."""
 

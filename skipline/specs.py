@@ -7,6 +7,7 @@ checked by `skipline.catalog.resolve`. This file knows nothing of torch, SQL or 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -62,6 +63,7 @@ def _known(*names: str) -> Any:
 Label = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_label)]
 Reference = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_label)]
 """An id or a name of something stored elsewhere: a dataset, a job, a checkpoint."""
+Tags = Annotated[tuple[Label, ...], Field(max_length=20)]
 JobReference = Annotated[str, Field(min_length=1, max_length=64), AfterValidator(_label)]
 """A job's id."""
 Priority = Annotated[int, Field(ge=-10, le=10)]
@@ -102,6 +104,8 @@ def _choose_by(key: str, default: str, *names: str) -> Discriminator:
     )
 
 
+PRODUCTION = "production"
+"""The alias of the model that answers predictions, unless another is named."""
 IMAGENET_WEIGHTS = "imagenet"
 """The value of `model.init_from` that means torchvision's weights."""
 
@@ -117,9 +121,10 @@ class ModelSpec(Spec):
 
     `init`: `kaiming` draws convolutions from He's normal distribution (fan-out), linear layers from
     normal(0, 0.01), and sets norms to one and biases to zero; `torch` leaves each layer as torch
-    makes it. `init_from` starts from an earlier model instead (a job or a checkpoint; a head for
-    another number of classes is made new), or with `imagenet` from torchvision's weights. Parts
-    named in `freeze` (`conv1`, `layer1`, `features`, ...) are not trained, their norms included.
+    makes it. `init_from` starts from an earlier model instead (a job, a checkpoint or an alias; a
+    head for another number of classes is made new), or with `imagenet` from torchvision's weights.
+    Parts named in `freeze` (`conv1`, `layer1`, `features`, ...) are not trained, their norms
+    included.
     """
 
     arch: Annotated[str, _known(*ARCHS)] = "resnet18"
@@ -442,7 +447,7 @@ class TrainSpec(Spec):
     kind: Literal["train"] = "train"
     spec_version: Literal[1] = SPEC_VERSION
     name: Label | None = None
-    tags: Annotated[tuple[Label, ...], Field(max_length=20)] = ()
+    tags: Tags = ()
     recipe: RecipeName | None = None
     dataset: Reference
     parent_id: JobReference | None = None
@@ -503,7 +508,7 @@ class EvaluateSpec(Spec):
     kind: Literal["evaluate"] = "evaluate"
     spec_version: Literal[1] = SPEC_VERSION
     name: Label | None = None
-    tags: Annotated[tuple[Label, ...], Field(max_length=20)] = ()
+    tags: Tags = ()
     model: Reference
     dataset: Reference
     parent_id: JobReference | None = None
@@ -512,6 +517,41 @@ class EvaluateSpec(Spec):
     split: Literal["train", "val", "test"] | None = None
     batch_size: Annotated[int, Field(ge=1, le=65_536)] = 256
     resources: ResourcesSpec = ResourcesSpec()
+
+
+def _alias(value: str) -> str:
+    if _ID.fullmatch(value) or value == IMAGENET_WEIGHTS:
+        raise PydanticCustomError("ambiguous_alias", "This could be taken for something else")
+    return value
+
+
+def _text(value: str) -> str:
+    for line in value.splitlines():
+        _label(line.replace("\t", " "))
+    return value
+
+
+_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+AliasName = Annotated[
+    str,
+    Field(min_length=1, max_length=64, pattern=r"^[a-z0-9][a-z0-9._-]*$"),
+    AfterValidator(_alias),
+]
+
+
+class AliasChange(Spec):
+    """What to do with an alias: let it stand for another model (a checkpoint's id, a job's for its
+    best checkpoint, or another alias), and say what of it. What is not given stays."""
+
+    checkpoint_id: Reference | None = None
+    notes: Annotated[str, Field(max_length=4000), AfterValidator(_text)] | None = None
+    tags: Tags | None = None
+
+    @model_validator(mode="after")
+    def _changes_something(self) -> Self:
+        if not self.model_fields_set:
+            raise PydanticCustomError("empty", "Give checkpoint_id, notes or tags")
+        return self
 
 
 class IngestSpec(Spec):

@@ -18,6 +18,7 @@ from skipline.cli import (
     evaluate,
     jobs,
     metrics,
+    models,
     predict,
     recipes,
     summary,
@@ -74,6 +75,7 @@ app.command("summary")(summary.summary)
 app.command("recipes")(recipes.recipes)
 app.command("predict")(predict.predict)
 app.add_typer(datasets.app, name="datasets")
+app.add_typer(models.app, name="models")
 app.command("demo")(demo.demo)
 server_commands.register(app)
 

@@ -13,13 +13,16 @@ from rich.text import Text
 from skipline.cli.output import JsonOption, format_percent, print_json, stdout
 from skipline.client import Skipline
 from skipline.schemas import ImagePrediction, Predictions
+from skipline.specs import PRODUCTION
 
 BAR_WIDTH = 24
 
 
 def predict(
     images: Annotated[list[Path], typer.Argument(exists=True, dir_okay=False, metavar="IMAGE…")],
-    model: Annotated[str, typer.Option("--model", "-m", help="A job's or a checkpoint's id.")],
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="An alias, or a job's or a checkpoint's id.")
+    ] = PRODUCTION,
     top_k: Annotated[int, typer.Option("--top-k", "-k", min=1, help="Classes to show.")] = 3,
     as_json: JsonOption = False,
 ) -> None:

@@ -55,7 +55,8 @@ def test_no_request_gets_an_answer_that_is_not_documented(
 ) -> None:
     """Requests that fit the document, and such that do not."""
     operations = [result.ok() for result in document.get_all_operations()]
-    assert len(operations) == 26
+    routes = document.raw_schema["paths"].values()
+    assert len(operations) == sum(len(methods) for methods in routes) > 30
     for operation in operations:
         if mode is GenerationMode.NEGATIVE and operation.path in OPEN_PATHS:
             continue  # Nothing can be wrong with a request that carries nothing.

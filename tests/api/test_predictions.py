@@ -107,7 +107,6 @@ def test_a_model_that_is_not_there_or_has_no_checkpoint(
 @pytest.mark.parametrize(
     ("form", "loc"),
     [
-        ({}, "model"),
         ({"model": "x", "top_k": "0"}, "top_k"),
         ({"model": "x", "top_k": "-1"}, "top_k"),
         ({"model": "x", "top_k": "two"}, "top_k"),
