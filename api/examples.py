@@ -217,6 +217,15 @@ ALIAS_MOVES: Document = {
     ],
     "next": None,
 }
+_JUDGED: Document = {
+    "image": "test/cat/7.jpg",
+    "split": "test",
+    "index": 3,
+    "label": "cat",
+    "predicted": "dog",
+    "confidence": 0.91,
+    "loss": 2.4,
+}
 REPORT: Document = {
     "dataset": "cats-and-dogs",
     "dataset_id": _DATASET_ID,
@@ -226,6 +235,7 @@ REPORT: Document = {
     "num_samples": 10,
     "loss": 0.41,
     "top1": 0.8,
+    "top1_interval": [0.4902, 0.9433],
     "top5": 1.0,
     "mean_class_accuracy": 0.8,
     "per_class": [
@@ -233,6 +243,7 @@ REPORT: Document = {
             "label": "cat",
             "num_samples": 5,
             "accuracy": 0.8,
+            "accuracy_interval": [0.3755, 0.9638],
             "precision": 0.8,
             "recall": 0.8,
             "f1": 0.8,
@@ -241,13 +252,36 @@ REPORT: Document = {
             "label": "dog",
             "num_samples": 5,
             "accuracy": 0.8,
+            "accuracy_interval": [0.3755, 0.9638],
             "precision": 0.8,
             "recall": 0.8,
             "f1": 0.8,
         },
     ],
     "confusion": [[4, 1], [1, 4]],
+    "calibration": {
+        "ece": 0.1,
+        "temperature": 1.24,
+        "calibrated_ece": 0.06,
+        "bins": [
+            {
+                "lower": 0.8667,
+                "upper": 0.9333,
+                "num_images": 10,
+                "confidence": 0.9,
+                "accuracy": 0.8,
+            }
+        ],
+    },
+    "hardest": [_JUDGED],
+    "confused": [
+        {"label": "cat", "predicted": "dog", "num_images": 1, "share": 0.2, "images": [_JUDGED]}
+    ],
 }
+REPORT_CSV = (
+    "label,num_samples,accuracy,precision,recall,f1,accuracy_low,accuracy_high\r\n"
+    "cat,5,0.8,0.8,0.8,0.8,0.3755,0.9638\r\n"
+)
 
 DATASET: Document = {
     "id": _DATASET_ID,

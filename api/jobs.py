@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import csv
+from io import StringIO
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, BackgroundTasks, Depends, Query, Response
 from pydantic import TypeAdapter
@@ -25,6 +27,8 @@ from skipline import schemas
 from skipline.specs import EvaluateSpec, JobRequest, TrainSpec, parse_request
 
 router = APIRouter(tags=["jobs"])
+
+CSV = "text/csv"
 
 
 @router.post(
@@ -240,9 +244,33 @@ def list_checkpoints(
 @router.get(
     "/jobs/{job_id}/report",
     summary="Read a job's report",
-    responses=openapi.responses(examples.REPORT, problems=(404,)),
+    response_model=schemas.Report,
+    responses=openapi.responses(
+        examples.REPORT,
+        problems=(404, 422),
+        also={CSV: {"schema": {"type": "string"}, "example": examples.REPORT_CSV}},
+    ),
 )
-def get_report(job_id: JobId, services: ServicesDep) -> schemas.Report:
+def get_report(
+    job_id: JobId,
+    services: ServicesDep,
+    format: Annotated[
+        Literal["json", "csv"], Query(description="csv: a line for each class")
+    ] = "json",
+) -> schemas.Report | Response:
     """Of an evaluation, or of the end of a training; 404 `report_not_ready` until it succeeds."""
     with services.database.read_scope() as session:
-        return repository.get_report(session, job_id)
+        report = repository.get_report(session, job_id)
+    return report if format == "json" else Response(_class_table(report), media_type=CSV)
+
+
+def _class_table(report: schemas.Report) -> str:
+    """The report's classes as RFC 4180 has it."""
+    table = StringIO()
+    names = ("label", "num_samples", "accuracy", "precision", "recall", "f1")
+    writer = csv.writer(table)
+    writer.writerow([*names, "accuracy_low", "accuracy_high"])
+    for row in report.per_class:
+        interval = row.accuracy_interval or ("", "")
+        writer.writerow([*(getattr(row, name) for name in names), *interval])
+    return table.getvalue()

@@ -19,8 +19,10 @@ router = APIRouter(tags=["jobs"])
 
 MAX_POINTS = 1000
 """Of one series in a picture: about as many as it has columns of pixels."""
-CONFUSION, SAMPLES = "confusion", "samples"
-NAMES = (*plots.CURVES, CONFUSION, SAMPLES)
+STORED = ("samples", "hardest")
+"""Drawn by the worker, which has the images."""
+OF_REPORT = {"confusion": plots.draw_confusion, "calibration": plots.draw_calibration}
+NAMES = (*plots.CURVES, *OF_REPORT, *STORED)
 
 
 @router.get(
@@ -34,8 +36,9 @@ async def get_plot(
     name: Annotated[str, Path(json_schema_extra={"enum": list(NAMES)})],
     services: ServicesDep,
 ) -> Response:
-    """`loss`, `accuracy` and `lr` over the steps so far; the `confusion` matrix of the report; and
-    `samples`, images as the training sees them. 404 until there is something to show."""
+    """`loss`, `accuracy` and `lr` over the steps so far; the `confusion` matrix and the
+    `calibration` of the report; `samples`, images as the training sees them; and `hardest`, those
+    with the highest loss in the end. 404 until there is something to show."""
     if name not in NAMES:
         raise NotFound(f"There is no such plot; choose one of: {', '.join(NAMES)}")
     png = await services.drawing.run(partial(_plot, services, job_id, name))
@@ -45,14 +48,15 @@ async def get_plot(
 def _plot(services: Services, job_id: str, name: str) -> bytes:
     with services.database.read_scope() as session:
         job = repository.job_document(repository.get_job(session, job_id), None)
-        if name == SAMPLES:
+        if name in STORED:
             return repository.get_picture(session, job_id, name)
-        if name == CONFUSION:
-            report = repository.get_report(session, job_id)
-            return plots.draw_confusion(report, plots.title_of(job))
-    curve = cast(plots.CurveName, name)
+        report = repository.get_report(session, job_id) if name in OF_REPORT else None
+    title = plots.title_of(job)
     try:
-        return plots.draw_plot(curve, _metrics(services, job, curve), plots.title_of(job))
+        if report is not None:
+            return OF_REPORT[name](report, title)
+        curve = cast(plots.CurveName, name)
+        return plots.draw_plot(curve, _metrics(services, job, curve), title)
     except plots.NothingToDraw as error:
         raise PictureNotReady(str(error)) from None
 

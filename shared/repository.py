@@ -1094,7 +1094,10 @@ def get_picture(session: Session, job_id: str, name: str) -> bytes:
     job = get_job(session, job_id)
     picture = session.get(Picture, (job_id, name))
     if picture is None:
-        raise PictureNotReady(f"The job is {job.status}; a training draws this when it begins")
+        raise PictureNotReady(
+            f"The job is {job.status}; samples are drawn when a training begins, hardest when a "
+            "job with a report succeeds"
+        )
     return picture.png
 
 

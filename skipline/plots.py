@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, Literal
 
-from skipline.schemas import Job, MetricPoint, Metrics, Report
+from skipline.schemas import Job, JudgedImage, MetricPoint, Metrics, Report
 
 if TYPE_CHECKING:
     import numpy as np
@@ -310,7 +310,57 @@ def _label_classes(axes: Axes, labels: Sequence[str]) -> None:
     axes.spines[:].set_visible(False)
 
 
+# Calibration.
+
+
+def draw_calibration(report: Report, title: str) -> bytes:
+    """A reliability diagram as a PNG: how often the network was right over how sure it was, and
+    below it how many images that concerns. Raises `NothingToDraw` for an old report."""
+    calibration = report.calibration
+    if calibration is None:
+        raise NothingToDraw("The report is of a version that did not measure calibration")
+    bins = calibration.bins
+    lefts = [part.lower for part in bins]
+    widths = [part.upper - part.lower for part in bins]
+    accuracies = [part.accuracy for part in bins]
+    confidences = [part.confidence for part in bins]
+
+    def fill(figure: Figure) -> None:
+        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+        upper.bar(lefts, accuracies, widths, align="edge", color=RIGHT[2], edgecolor="white")
+        upper.vlines(confidences, accuracies, confidences, color=VAL, linewidth=2)
+        upper.scatter(confidences, confidences, color=VAL, s=14, label="how sure it was")
+        upper.plot((0, 1), (0, 1), color=QUIET, linewidth=1, linestyle="--")
+        upper.set(xlim=(0, 1), ylim=(0, 1.02), ylabel="right answers")
+        upper.legend(loc="upper left", fontsize=9)
+        figures = (
+            f"ECE {calibration.ece:.4f}\n"
+            f"{calibration.calibrated_ece:.4f} at temperature {calibration.temperature:.2f}"
+        )
+        place = {"transform": upper.transAxes, "ha": "right", "va": "bottom"}
+        upper.text(0.98, 0.04, figures, fontsize=9, color=QUIET, **place)
+        lower.bar(lefts, [part.num_images for part in bins], widths, align="edge", color=RIGHT[1])
+        lower.set(xlabel="probability of the answer", ylabel="images")
+
+    return _draw(6.4, 6.0, title, fill)
+
+
 # Samples.
+
+
+def draw_hardest(images: npt.NDArray[np.uint8], judged: Sequence[JudgedImage], title: str) -> bytes:
+    """A grid of the images with the highest loss, as a PNG: what each one is, and what it was
+    called.
+
+    Args:
+        images: uint8 [N, S, S, 3], N at least 1.
+        judged: one for each image.
+    """
+    labels = [
+        image.label if image.label == image.predicted else f"{image.label}, not {image.predicted}"
+        for image in judged
+    ]
+    return draw_samples(images, labels, title)
 
 
 def draw_samples(images: npt.NDArray[np.uint8], labels: Sequence[str], title: str) -> bytes:

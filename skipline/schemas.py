@@ -252,22 +252,73 @@ class AliasMove(Document):
     created_at: Time
 
 
+Interval = tuple[float, float]
+"""Of 95 % confidence."""
+
+
 class ClassReport(Document):
     """One class of a report. `accuracy` equals recall; precision and f1 are 0 where undefined."""
 
     label: str
     num_samples: int
     accuracy: float
+    accuracy_interval: Interval | None = None
     precision: float
     recall: float
     f1: float
+
+
+class JudgedImage(Document):
+    """An image, and what was said of it. `image`: its path as it was brought in; `split` and
+    `index`: where `GET /datasets/{id}/images/{split}/{index}` finds it."""
+
+    image: str
+    split: str
+    index: int
+    label: str
+    predicted: str
+    confidence: float
+    loss: float
+
+
+class ConfusedPair(Document):
+    """A class that was called another: `num_images` of it, `share` of its images; the hardest of
+    them are shown."""
+
+    label: str
+    predicted: str
+    num_images: int
+    share: float
+    images: list[JudgedImage]
+
+
+class ReliabilityBin(Document):
+    """The images whose answers have a probability above `lower` and at most `upper`: how many, how
+    sure the network was of them in the mean, and how often it was right."""
+
+    lower: float
+    upper: float
+    num_images: int
+    confidence: float
+    accuracy: float
+
+
+class Calibration(Document):
+    """How far probabilities can be believed. `ece`: the expected calibration error;
+    `calibrated_ece`: with logits divided by `temperature`, which was fitted to the same images."""
+
+    ece: float
+    temperature: float
+    calibrated_ece: float
+    bins: list[ReliabilityBin]
 
 
 class Report(Document):
     """What an evaluation found. `confusion[i][j]`: images of class i that were called j.
 
     `top5` counts the best min(5, num_classes) answers. `selected_on` names the split that chose
-    the checkpoint, for reports at the end of a training.
+    the checkpoint, for reports at the end of a training. `hardest`: the images with the highest
+    loss; `confused`: the most frequent mistakes. Reports of older versions lack what has a default.
     """
 
     dataset: str
@@ -278,10 +329,14 @@ class Report(Document):
     num_samples: int
     loss: float
     top1: float
+    top1_interval: Interval | None = None
     top5: float
     mean_class_accuracy: float
     per_class: list[ClassReport]
     confusion: list[list[int]]
+    calibration: Calibration | None = None
+    hardest: list[JudgedImage] = []
+    confused: list[ConfusedPair] = []
 
 
 class LayerSummary(Document):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -303,13 +304,23 @@ def test_a_report_is_there_once_the_job_has_succeeded(
         top1=0.5,
         top5=1.0,
         mean_class_accuracy=0.5,
-        per_class=[],
+        per_class=[
+            schemas.ClassReport(
+                label='cat, "big"', num_samples=2, accuracy=0.5, precision=1, recall=0.5, f1=0.75
+            )
+        ],
         confusion=[[1, 0], [1, 0]],
     )
     with database.session_scope() as session:
         repository.add_report(session, job["id"], report)
     worker.claim().finish()
     assert api.get(f"/jobs/{job['id']}/report").json() == report.model_dump(mode="json")
+    table = api.get(f"/jobs/{job['id']}/report?format=csv")
+    assert table.headers["content-type"].startswith("text/csv")
+    header, row = csv.reader(table.text.splitlines())
+    assert header[:3] == ["label", "num_samples", "accuracy"]
+    assert row == ['cat, "big"', "2", "0.5", "1.0", "0.5", "0.75", "", ""]
+    assert_problem(api.get(f"/jobs/{job['id']}/report?format=xml"), 422, "invalid_input")
 
 
 def test_a_recipe_fills_the_spec_in_and_what_is_given_beside_it_wins(api: Any) -> None:

@@ -14,13 +14,15 @@ from skipline.plots import (
     CURVES,
     CurveName,
     NothingToDraw,
+    draw_calibration,
     draw_confusion,
     draw_curves,
+    draw_hardest,
     draw_plot,
     draw_samples,
     title_of,
 )
-from skipline.schemas import Job, Metrics, Report
+from skipline.schemas import Job, JudgedImage, Metrics, Report
 from tests.skipline.replay import job_document, point, report_document
 
 TRAIN, VAL, INK = (0x8D, 0xA0, 0xB3), (0xD1, 0x49, 0x5B), (0x2B, 0x2D, 0x42)
@@ -183,3 +185,35 @@ def test_threads_that_draw_at_once_all_draw_in_style() -> None:
     for thread in threads:
         thread.join()
     assert drawn == [alone] * 4
+
+
+def calibrated(accuracy: float) -> Report:
+    """A network that is sure of 0.75 in the mean, and right in so many of the cases."""
+    part = {"lower": 0.7, "upper": 0.8, "num_images": 8, "confidence": 0.75, "accuracy": accuracy}
+    calibration = {"ece": 0.5, "temperature": 2.0, "calibrated_ece": 0.0, "bins": [part]}
+    return Report.model_validate(report_document() | {"calibration": calibration})
+
+
+def test_the_gap_between_sure_and_right_is_drawn() -> None:
+    wide = count(pixels(draw_calibration(calibrated(0.25), "A net")), VAL)
+    narrow = count(pixels(draw_calibration(calibrated(0.70), "A net")), VAL)
+    assert wide > 2 * narrow > 0
+
+
+def test_a_report_without_calibration_has_nothing_to_draw() -> None:
+    with pytest.raises(NothingToDraw):
+        draw_calibration(Report.model_validate(report_document()), "A net")
+
+
+def test_the_hardest_images_say_what_they_were_taken_for() -> None:
+    image = np.full((1, 32, 32, 3), (200, 30, 40), np.uint8)
+    judged = JudgedImage.model_validate(
+        {
+            **{"image": "a.png", "split": "val", "index": 0, "label": "cat", "predicted": "cat"},
+            **{"confidence": 0.4, "loss": 0.9},
+        }
+    )
+    right = pixels(draw_hardest(image, [judged], "Hardest"))
+    wrong = pixels(draw_hardest(image, [judged.model_copy(update={"predicted": "dog"})], "Hardest"))
+    assert count(right, (200, 30, 40)) == count(wrong, (200, 30, 40)) > 32 * 32
+    assert (right != wrong).any()

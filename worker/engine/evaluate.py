@@ -1,10 +1,10 @@
-"""How good a network is on a split: what it said of every image, and the report made of it."""
+"""What a network says of every image of a split; `worker.engine.report` makes a report of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,13 +14,14 @@ from torch.nn import functional
 
 from shared.vision.bundle import Bundle, Weights, restore_model
 from shared.vision.preprocessing import Normalizer
-from skipline.schemas import ClassReport, Report
 from worker.engine.data import DeviceData, Rows, SplitData
 from worker.engine.distributed import ALONE, Ranks
 from worker.engine.runtime import Runtime, typed_failures
 
 TOP_K = 5
 """`top5` counts the best min(5, num_classes) answers."""
+MAX_LOGITS = 2**24
+"""Kept of an evaluation: of the images of more, evenly chosen ones."""
 
 BeforeBatch = Callable[[int, int], object]
 """Called before each batch with the number of batches done and in all; may raise to end early."""
@@ -29,12 +30,17 @@ BeforeBatch = Callable[[int, int], object]
 @dataclass(frozen=True)
 class Evaluation:
     """What became of each image, in the order of the split: label int64 [N], answer int64 [N],
-    cross-entropy without label smoothing float32 [N], label among the best five bool [N]."""
+    cross-entropy without label smoothing float32 [N], label among the best five bool [N], the
+    answer's probability float32 [N]. Of every so-manieth image, all of them if that is not too
+    much, also the logits float32 [M, C], with the label int64 [M]."""
 
     labels: npt.NDArray[np.int64]
     predicted: npt.NDArray[np.int64]
     losses: npt.NDArray[np.float32]
     in_top5: npt.NDArray[np.bool_]
+    confidences: npt.NDArray[np.float32]
+    logits: npt.NDArray[np.float32]
+    logit_labels: npt.NDArray[np.int64]
 
     @property
     def loss(self) -> float:
@@ -95,7 +101,7 @@ def _answers(
 ) -> list[npt.NDArray[Any]]:
     """The columns of an `Evaluation` for this rank's share of the images."""
     samples, batches = even_batches(len(data), batch_size, ranks)
-    results = []
+    results, kept = [], []
     with torch.inference_mode():
         for done, batch in enumerate(data.batches(batches)):
             before_batch(done, len(batches))
@@ -104,10 +110,17 @@ def _answers(
             losses = functional.cross_entropy(logits, batch.labels, reduction="none")
             best = logits.topk(min(TOP_K, logits.shape[1]), dim=1).indices
             hits = best == batch.labels[:, None]
-            results.append((batch.labels, best[:, 0], losses, hits.any(dim=1)))
-        return [
-            torch.cat(column)[: len(samples)].cpu().numpy() for column in zip(*results, strict=True)
-        ]
+            confidences = logits.softmax(dim=1).amax(dim=1)
+            results.append((batch.labels, best[:, 0], losses, hits.any(dim=1), confidences))
+            # Images are chosen by their place in the share, of which batches are runs.
+            stride = max(1, len(data) * logits.shape[1] // MAX_LOGITS)
+            first = done * len(best)
+            end = min(len(best), len(samples) - first)
+            chosen = slice(-first % stride, max(end, 0), stride)
+            kept.append((logits[chosen].clone(), batch.labels[chosen]))
+        columns = [torch.cat(column)[: len(samples)] for column in zip(*results, strict=True)]
+        columns += [torch.cat(column) for column in zip(*kept, strict=True)]
+        return [column.cpu().numpy() for column in columns]
 
 
 def even_batches(num_samples: int, batch_size: int, ranks: Ranks) -> tuple[Rows, list[Rows]]:
@@ -147,53 +160,3 @@ def evaluate_bundle(
             batch_size=batch_size,
             before_batch=before_batch,
         )
-
-
-def build_report(
-    evaluation: Evaluation,
-    classes: Sequence[str],
-    *,
-    dataset: str,
-    dataset_id: str,
-    split: Literal["train", "val", "test"],
-    selected_on: Literal["val", "test"] | None = None,
-    checkpoint_id: str | None = None,
-) -> Report:
-    """The report of an evaluation. Classes without images do not enter the mean accuracy."""
-    confusion = confusion_matrix(evaluation, len(classes))
-    per_class = [_class_report(label, confusion, index) for index, label in enumerate(classes)]
-    return Report(
-        dataset=dataset,
-        dataset_id=dataset_id,
-        split=split,
-        selected_on=selected_on,
-        checkpoint_id=checkpoint_id,
-        num_samples=len(evaluation.labels),
-        loss=evaluation.loss,
-        top1=evaluation.top1,
-        top5=evaluation.top5,
-        mean_class_accuracy=float(np.mean([c.accuracy for c in per_class if c.num_samples])),
-        per_class=per_class,
-        confusion=confusion.tolist(),
-    )
-
-
-def confusion_matrix(evaluation: Evaluation, num_classes: int) -> npt.NDArray[np.int64]:
-    """int64 [C, C]: at [i, j] the number of images of class i that were called j."""
-    cells = evaluation.labels * num_classes + evaluation.predicted
-    return np.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
-
-
-def _class_report(label: str, confusion: npt.NDArray[np.int64], index: int) -> ClassReport:
-    """Recall is the class's accuracy; what would be 0 / 0 is 0."""
-    hits = int(confusion[index, index])
-    num_samples, num_called = int(confusion[index].sum()), int(confusion[:, index].sum())
-    recall = hits / num_samples if num_samples else 0.0
-    return ClassReport(
-        label=label,
-        num_samples=num_samples,
-        accuracy=recall,
-        precision=hits / num_called if num_called else 0.0,
-        recall=recall,
-        f1=2 * hits / (num_samples + num_called) if num_samples + num_called else 0.0,
-    )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from sqlalchemy.orm import Session
@@ -41,11 +43,17 @@ class Context:
         self.sink.progress(Progress(step=done, num_steps=total or done, epoch=1, num_epochs=1))
 
     def succeed(
-        self, result: dict[str, Any], report: Report | None = None, stop_reason: str | None = None
+        self,
+        result: dict[str, Any],
+        report: Report | None = None,
+        stop_reason: str | None = None,
+        pictures: Mapping[str, bytes] = MappingProxyType({}),
     ) -> None:
-        """Report, result and status become visible together."""
+        """Report, pictures, result and status become visible together."""
 
         def write(session: Session) -> None:
+            for name, png in pictures.items():
+                repository.add_picture(session, self.fence, name, png)
             if report is not None:
                 repository.add_report(session, self.fence.job_id, report)
             lifecycle.finish(

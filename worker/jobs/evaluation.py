@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 from sqlalchemy.orm import Session
 
@@ -13,15 +15,25 @@ from shared.errors import CheckpointCorrupt, ModelNotFound, NoCheckpointYet, Tra
 from shared.tables import Checkpoint, Dataset
 from shared.vision.bundle import Bundle, read_bundle
 from skipline.catalog import SpecRefused, resolve_evaluation
-from skipline.schemas import Report
+from skipline.plots import draw_hardest
 from skipline.specs import EvaluateSpec
+from worker.datasets.index import read_index
 from worker.engine.data import DataPath, FileData, SplitData
-from worker.engine.evaluate import Evaluation, build_report, evaluate_bundle
+from worker.engine.evaluate import Evaluation, evaluate_bundle
+from worker.engine.report import Subject, build_report, hardest
 from worker.engine.runtime import Runtime
 from worker.jobs.context import Context
 from worker.jobs.datasets import dataset_of, images_of
 from worker.jobs.plan import split_data
 from worker.jobs.runtime import evaluation_runtime, num_loaders
+
+HARDEST = "hardest"
+"""The picture's name."""
+FIGURES = (
+    *("checkpoint_id", "dataset_id", "split", "num_samples"),
+    *("loss", "top1", "top5", "mean_class_accuracy"),
+)
+"""Of a report, which a job's result repeats."""
 
 
 def evaluate(context: Context, spec: EvaluateSpec) -> None:
@@ -38,15 +50,15 @@ def evaluate(context: Context, spec: EvaluateSpec) -> None:
     evaluation = evaluation_of(
         context, checkpoint, data, runtime, spec.batch_size, context.show_images
     )
-    report = build_report(
-        evaluation,
-        dataset.classes,
+    subject = Subject(
+        classes=dataset.classes,
         dataset=dataset.name,
         dataset_id=dataset.id,
         split=spec.split,
+        image_at=image_finder(context, dataset, spec.split, data),
         checkpoint_id=checkpoint.id,
     )
-    context.succeed(result_of(report), report)
+    succeed(context, evaluation, subject, data)
 
 
 def model_of(context: Context, reference: str) -> Checkpoint:
@@ -126,15 +138,32 @@ def bundle_of(context: Context, checkpoint: Checkpoint) -> tuple[Bundle, dict[st
         ) from None
 
 
-def result_of(report: Report) -> dict[str, Any]:
-    """The figures of a report that a job's result repeats."""
-    return {
-        "checkpoint_id": report.checkpoint_id,
-        "dataset_id": report.dataset_id,
-        "split": report.split,
-        "num_samples": report.num_samples,
-        "loss": report.loss,
-        "top1": report.top1,
-        "top5": report.top5,
-        "mean_class_accuracy": report.mean_class_accuracy,
-    }
+def image_finder(
+    context: Context, dataset: Dataset, split: str, data: SplitData
+) -> Callable[[int], tuple[str, int, str]]:
+    """Where an image of `data`, which is made of the stored split, is in the dataset."""
+    paths = read_index(context.storage.path(dataset.key)).splits[split].paths
+
+    def image_at(place: int) -> tuple[str, int, str]:
+        row = place if data.rows is None else int(data.rows[place])
+        return split, row, paths[row]
+
+    return image_at
+
+
+def succeed(
+    context: Context,
+    evaluation: Evaluation,
+    subject: Subject,
+    data: SplitData,
+    result: Mapping[str, Any] = MappingProxyType({}),
+    stop_reason: str | None = None,
+) -> None:
+    """Ends the job with the report of an evaluation of `data`, a picture of the hardest images, and
+    the report's figures before what else is in `result`."""
+    report = build_report(evaluation, subject)
+    images = data.read(np.array(hardest(evaluation), dtype=np.int64))
+    title = f"{subject.dataset}: the hardest images of {subject.split}"
+    png = draw_hardest(images, report.hardest, title)
+    figures = {name: getattr(report, name) for name in FIGURES}
+    context.succeed({**figures, **result}, report, stop_reason, {HARDEST: png})

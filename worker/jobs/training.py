@@ -27,12 +27,12 @@ from skipline.specs import IMAGENET_WEIGHTS, ChannelsSpec, TrainSpec
 from worker.engine.augment import Augmentation
 from worker.engine.data import epoch_order
 from worker.engine.distributed import ALONE
-from worker.engine.evaluate import build_report
+from worker.engine.report import Subject
 from worker.engine.resume import RESUME_FILE, load_resume
 from worker.engine.runtime import out_of_memory
 from worker.jobs.context import Context, remove_unregistered
 from worker.jobs.datasets import dataset_of, images_of
-from worker.jobs.evaluation import evaluation_of, model_of, result_of
+from worker.jobs.evaluation import evaluation_of, image_finder, model_of, succeed
 from worker.jobs.plan import Plan, Work, fit_plan, measure_plan
 from worker.jobs.ranks import RanksOutOfMemory, run_in_ranks
 from worker.jobs.runtime import num_loaders, stored_runtime, training_runtime
@@ -60,23 +60,24 @@ def train(context: Context, spec: TrainSpec) -> None:
     split = selection_split(spec, plan.images.counts)
     _, val = plan.data()
     evaluation = evaluation_of(context, best, val, plan.runtime, spec.batch_size)
-    report = build_report(
-        evaluation,
-        plan.classes,
+    dataset = dataset_of(context, plan.dataset.id)
+    stored_split = split if spec.val_fraction is None else "train"
+    subject = Subject(
+        classes=plan.classes,
         dataset=plan.dataset.name,
         dataset_id=plan.dataset.id,
         split=split,
+        image_at=image_finder(context, dataset, stored_split, val),
         selected_on=split,
         checkpoint_id=best.id,
     )
     document = {
-        **result_of(report),
-        "selected_on": report.selected_on,
+        "selected_on": split,
         "epoch": best.epoch,
         "step": best.step,
         "num_parameters": summary.num_parameters,
     }
-    context.succeed(document, report, result.stop_reason)
+    succeed(context, evaluation, subject, val, document, result.stop_reason)
 
 
 def dry_run(context: Context, spec: TrainSpec) -> None:

@@ -9,15 +9,10 @@ from torch import nn
 
 from shared.vision.preprocessing import Normalizer, Preprocessing
 from tests.worker.engine.tiny import Hungry
+from worker.engine import evaluate as evaluate_module
 from worker.engine.data import ArrayData, DeviceData
 from worker.engine.distributed import Ranks
-from worker.engine.evaluate import (
-    Evaluation,
-    build_report,
-    confusion_matrix,
-    evaluate,
-    even_batches,
-)
+from worker.engine.evaluate import Evaluation, evaluate, even_batches
 from worker.engine.runtime import Runtime
 
 CPU = torch.device("cpu")
@@ -99,40 +94,26 @@ def test_evaluation_leaves_the_model_in_its_mode_and_as_it_was() -> None:
     assert looks == [(0, 2), (1, 2)]
 
 
-def judged(labels: list[int], predicted: list[int]) -> Evaluation:
-    count = len(labels)
-    return Evaluation(
-        np.array(labels), np.array(predicted), np.ones(count, np.float32), np.ones(count, bool)
-    )
+def test_the_answers_probability_and_the_logits_are_kept() -> None:
+    evaluation = run(reds([0.0, 0.1, 0.1], [0, 1, 0]), num_classes=2, batch_size=2)
+    sure = 1 / (1 + math.exp(-10))
+    assert evaluation.confidences.tolist() == pytest.approx([sure] * 3, rel=1e-5)
+    gaps = evaluation.logits[:, 0] - evaluation.logits[:, 1]
+    assert gaps.tolist() == pytest.approx([10, -10, -10], rel=1e-4)
+    assert evaluation.logit_labels.tolist() == [0, 1, 0]
 
 
-def test_confusion_has_the_truth_in_rows() -> None:
-    confusion = confusion_matrix(judged([0, 0, 0, 1], [0, 1, 1, 1]), 3)
-    assert confusion.tolist() == [[1, 2, 0], [0, 1, 0], [0, 0, 0]]
-
-
-def test_a_report_says_what_was_worked_out_by_hand() -> None:
-    report = build_report(
-        judged([0, 0, 0, 0, 1, 1], [0, 0, 0, 1, 1, 3]),
-        ["a", "b", "empty", "called"],
-        dataset="letters",
-        dataset_id="ds-1",
-        split="val",
-        selected_on="val",
-    )
-    assert report.num_samples == 6
-    assert report.top1 == pytest.approx(4 / 6)
-    assert report.loss == 1
-    assert report.mean_class_accuracy == pytest.approx((3 / 4 + 1 / 2) / 2)
-    rows = [(c.label, c.num_samples, c.accuracy, c.precision, c.recall) for c in report.per_class]
-    assert rows == [
-        ("a", 4, 0.75, 1.0, 0.75),
-        ("b", 2, 0.5, 0.5, 0.5),
-        ("empty", 0, 0.0, 0.0, 0.0),
-        ("called", 0, 0.0, 0.0, 0.0),
-    ]
-    assert [c.f1 for c in report.per_class] == pytest.approx([6 / 7, 0.5, 0, 0])
-    assert report.confusion[1] == [0, 1, 0, 1]
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 64])
+def test_of_too_many_logits_those_of_every_so_manieth_image_are_kept(
+    batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate_module, "MAX_LOGITS", 7)  # of 11 x 2: every third image's
+    labels = [0, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1]
+    levels = [place / 100 for place in range(11)]
+    evaluation = run(reds(levels, labels), num_classes=2, batch_size=batch_size)
+    whole = -np.abs(np.round(np.array(levels[::3]) * 255) / 255 - 0.1) * 100
+    np.testing.assert_allclose(evaluation.logits[:, 1], whole, atol=1e-4)
+    assert evaluation.logit_labels.tolist() == [0, 1, 0, 1]
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from tests.worker.jobs.conftest import (
     squares,
 )
 from worker.datasets.cache import packed_path
+from worker.datasets.index import read_index
 
 # Stop
 
@@ -319,3 +320,25 @@ def test_a_model_of_other_classes_is_not_evaluated(shop: Shop, tmp_path: Path) -
     assert job.error is not None
     assert job.error["code"] == "invalid_spec"
     assert "differ in: dim, light" in job.error["message"]
+
+
+@pytest.mark.parametrize("val_fraction", [None, 0.25])
+def test_a_report_shows_its_hardest_images_and_where_the_dataset_has_them(
+    shop: Shop, val_fraction: float | None
+) -> None:
+    job = shop.attempt(shop.train(epochs=1, val_fraction=val_fraction))
+    with shop.database.read_scope() as session:
+        report = repository.get_report(session, job.id)
+        png = repository.get_picture(session, job.id, "hardest")
+        dataset = repository.find_dataset(session, "squares")
+    assert dataset is not None
+    assert png.startswith(b"\x89PNG")
+    assert report.calibration is not None
+    split = read_index(shop.storage.path(dataset.key)).splits["train" if val_fraction else "test"]
+    assert report.hardest
+    for image in report.hardest:
+        assert image.split == ("train" if val_fraction else "test")
+        assert split.paths[image.index] == image.image
+        assert f"/{image.label}/" in image.image
+    losses = [image.loss for image in report.hardest]
+    assert losses == sorted(losses, reverse=True)
