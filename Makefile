@@ -24,11 +24,12 @@ up: .venv/.server ## Set up, then start the service and stay
 migrate: .venv/.server ## Bring the database to the newest schema
 	@$(BIN)/skipline migrate
 
-# What starts whole services comes last and has the cores to itself. 5: none of these was chosen.
+# What starts whole services comes last: two at a time, since most of it is waiting. 5: none of
+# these was chosen.
 test: .venv/.test ## Run every test
 	@$(BIN)/python -m pytest -m 'not alone' -n auto --maxprocesses 4 --dist loadfile $(ARGS) \
 	  || [ $$? -eq 5 ]
-	@$(BIN)/python -m pytest -m alone $(ARGS) || [ $$? -eq 5 ]
+	@$(BIN)/python -m pytest -m alone -n 2 --dist loadfile $(ARGS) || [ $$? -eq 5 ]
 
 soak: .venv/.test ## Kill processes at random for ten minutes while short jobs run
 	@$(BIN)/python -m tests.soak $(ARGS)

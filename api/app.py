@@ -10,16 +10,19 @@ from fastapi import Depends, FastAPI
 
 from api import (
     architectures,
+    dataset_images,
     datasets,
     docs,
     health,
     history,
+    ingests,
     jobs,
     models,
     plots,
     predictions,
     problems,
     recipes,
+    uploads,
     workers,
 )
 from api.checks import Checks
@@ -29,6 +32,7 @@ from api.limits import QueueLimits
 from api.serving.cache import ModelCache
 from api.serving.images import Decoder
 from api.serving.inference import Inference
+from api.stored_datasets import StoredDatasets
 from api.streams import StreamHub
 from shared.database import Database
 from shared.dispatch import Bell
@@ -57,9 +61,10 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         limits=QueueLimits(settings),
         streams=streams,
         inference=inference,
-        decoder=Decoder(settings.max_image_pixels, inference.warm),
+        decoder=Decoder(settings.max_image_pixels),
         checks=Checks(database, bell, storage),
         drawing=Drawing(),
+        stored_datasets=StoredDatasets(storage),
     )
     reaper = Reaper(settings, database, storage)
     reaper.start()
@@ -107,6 +112,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         plots,
         workers,
         datasets,
+        dataset_images,
+        ingests,
+        uploads,
         architectures,
         recipes,
         models,

@@ -48,7 +48,8 @@ def limited(request: Request, max_bytes: int) -> Request:
     return Request(request.scope, receive)
 
 
-def _content_type(request: Request) -> str:
+def content_type(request: Request) -> str:
+    """Of the body, without parameters; empty when there is none."""
     message = Message()
     message["content-type"] = request.headers.get("content-type", "")
     return message.get_content_type() if message["content-type"] else ""
@@ -64,7 +65,7 @@ def load_json(body: bytes) -> Any:
 
 async def _json_document(request: Request) -> Any:
     settings: Settings = request.app.state.settings
-    if _content_type(request) != "application/json":
+    if content_type(request) != "application/json":
         raise UnsupportedMediaType("Send JSON, with Content-Type: application/json")
     return load_json(await limited(request, settings.max_json_bytes).body())
 
@@ -90,7 +91,7 @@ def json_body(parse: Callable[[Any], T]) -> Callable[[Any], Awaitable[T]]:
 async def form_body(request: Request, max_files: int) -> AsyncIterator[FormData]:
     """The parts of a multipart body; their files are gone when the block ends."""
     settings: Settings = request.app.state.settings
-    if _content_type(request) != "multipart/form-data":
+    if content_type(request) != "multipart/form-data":
         raise UnsupportedMediaType("Send a form, with Content-Type: multipart/form-data")
     try:
         form = await limited(request, settings.max_body_bytes).form(

@@ -1,69 +1,37 @@
-"""Datasets: bringing them in, and what there is."""
+"""Datasets: what there is, and how one goes."""
 
 from __future__ import annotations
 
-from pathlib import PurePath
-from typing import Annotated, Any
+from typing import Annotated
 
-from fastapi import APIRouter, BackgroundTasks, Depends, Response
-from pydantic import TypeAdapter
+from fastapi import APIRouter, BackgroundTasks, Depends, Query
 
 from api import examples, openapi
-from api.bodies import json_body
 from api.dependencies import PageDep, ServicesDep
-from api.submission import JsonPostingDep, store, submit
-from shared import repository
+from shared import datasets
 from shared.errors import DatasetNotFound
 from skipline import schemas
-from skipline.catalog import BUILTIN_DATASETS, SpecRefused
-from skipline.specs import IngestSpec
+from skipline.catalog import BUILTIN_DATASETS
 
 router = APIRouter(tags=["datasets"])
 
-_adapter = TypeAdapter(IngestSpec)
+MAX_REFERENCE = 220
+"""A name of 200 characters, and a version."""
 
 
-def parse_ingest(document: Any) -> IngestSpec:
-    """Checks what a client sent. Raises pydantic's `ValidationError`, or `SpecRefused`."""
-    spec = _adapter.validate_python(document)
-    builtin = ", ".join(BUILTIN_DATASETS)
-    if spec.source == "builtin" and spec.name not in BUILTIN_DATASETS:
-        message = f"There is no such built-in; choose one of: {builtin}"
-        raise SpecRefused([{"loc": "name", "message": message}], code="unknown_dataset")
-    # Without a name the dataset takes the path's, up to its suffix.
-    name = spec.name or PurePath(spec.path or "").name.split(".")[0]
-    if spec.source == "path" and name in BUILTIN_DATASETS:
-        message = f"This name is a built-in's; give another. Built in are: {builtin}"
-        raise SpecRefused([{"loc": "name", "message": message}])
-    return spec
+async def _reference(dataset_id: str) -> str:
+    is_text = dataset_id.isprintable() and len(dataset_id) <= MAX_REFERENCE
+    try:
+        dataset_id.encode()
+    except UnicodeEncodeError:
+        is_text = False
+    if not is_text:
+        raise DatasetNotFound("There is no stored dataset of this id, label or name")
+    return dataset_id
 
 
-@router.post(
-    "/datasets",
-    status_code=202,
-    summary="Bring a dataset in",
-    response_model=schemas.Job,
-    responses=openapi.responses(
-        examples.INGEST_JOB, 202, problems=(400, 409, 413, 415, 422, 429), location=True
-    ),
-    openapi_extra=openapi.json_body(_adapter, examples.INGEST_REQUESTS),
-)
-def add_dataset(
-    spec: Annotated[IngestSpec, Depends(json_body(parse_ingest))],
-    posting: JsonPostingDep,
-    services: ServicesDep,
-    background: BackgroundTasks,
-    response: Response,
-) -> schemas.Job:
-    """Stores a job of kind `ingest`, which reads a folder or an archive of class folders on the
-    server's disk, or a built-in dataset. Its `result.dataset_id` names the dataset."""
-    return submit(
-        posting,
-        lambda session: store(session, spec, posting.submitter, services.settings),
-        services,
-        background,
-        response,
-    )
+DatasetRef = Annotated[str, Depends(_reference)]
+"""The `dataset_id` of the path: an id, a label, or a name."""
 
 
 @router.get(
@@ -74,7 +42,8 @@ def add_dataset(
 def list_datasets(page: PageDep, services: ServicesDep) -> schemas.DatasetPage:
     """The stored ones, newest first, and those that can be had by name."""
     with services.database.read_scope() as session:
-        rows, next_ = repository.list_datasets(session, limit=page.limit, after=page.after)
+        rows, next_ = datasets.list_datasets(session, limit=page.limit, after=page.after)
+        items = datasets.dataset_documents(session, rows)
     builtin = [
         schemas.BuiltinDataset(
             name=facts.name,
@@ -86,7 +55,6 @@ def list_datasets(page: PageDep, services: ServicesDep) -> schemas.DatasetPage:
         )
         for facts in BUILTIN_DATASETS.values()
     ]
-    items = [repository.dataset_document(row) for row in rows]
     return schemas.DatasetPage(items=items, next=next_, builtin=builtin)
 
 
@@ -95,13 +63,31 @@ def list_datasets(page: PageDep, services: ServicesDep) -> schemas.DatasetPage:
     summary="Show a dataset",
     responses=openapi.responses(examples.DATASET, problems=(404,)),
 )
-def get_dataset(dataset_id: str, services: ServicesDep) -> schemas.Dataset:
-    """By its id; a name stands for the newest dataset of that name."""
-    not_found = DatasetNotFound("There is no stored dataset of this id or name")
-    if not dataset_id.isprintable():
-        raise not_found
+def get_dataset(dataset_id: DatasetRef, services: ServicesDep) -> schemas.Dataset:
+    """By its id, by a label (`name:version`), or by a name, which stands for its newest version."""
     with services.database.read_scope() as session:
-        row = repository.find_dataset(session, dataset_id)
-        if row is None:
-            raise not_found
-        return repository.dataset_document(row)
+        row = datasets.get_dataset(session, dataset_id)
+        return datasets.dataset_documents(session, [row])[0]
+
+
+@router.delete(
+    "/datasets/{dataset_id}",
+    status_code=204,
+    summary="Delete a dataset",
+    responses=openapi.no_content(problems=(404, 409, 422)),
+)
+def delete_dataset(
+    dataset_id: DatasetRef,
+    services: ServicesDep,
+    background: BackgroundTasks,
+    force: Annotated[
+        bool, Query(description="Delete the images though models or jobs depend on them")
+    ] = False,
+) -> None:
+    """Under all its names. 409 `in_use` lists the jobs and models that depend on it; with `force`
+    its record stays for them, and its images go. Never while a job reads it."""
+    with services.database.session_scope() as session:
+        keys = datasets.delete_dataset(session, dataset_id, force=force)
+    # Files that are left over because the process dies meanwhile are found by housekeeping.
+    for key in keys:
+        background.add_task(services.storage.delete, key)

@@ -20,6 +20,7 @@ from api.drawing import Drawing
 from api.limits import QueueLimits
 from api.serving.images import Decoder
 from api.serving.inference import Inference
+from api.stored_datasets import StoredDatasets
 from api.streams import StreamHub
 from shared.database import Database
 from shared.dispatch import Bell
@@ -50,6 +51,7 @@ class Services:
     decoder: Decoder
     checks: Checks
     drawing: Drawing
+    stored_datasets: StoredDatasets
 
 
 # The dependencies below are `async` only because plain functions would each take a trip through

@@ -11,6 +11,7 @@ from skipline.specs import IngestSpec, TrainSpec, dump_spec
 Document = dict[str, Any]
 
 _TIME = "2026-11-20T09:30:00.000Z"
+_UPLOAD_ID = "019aa0ef-3b1d-7a61-9e02-5d4c8f7a2b90"
 _JOB_ID = "019aa0f2-5c1e-7c43-9d0e-6a5b1f3f9a10"
 _RETRY_ID = "019aa0f9-7d30-7b12-9c55-8e2f4d6b1a02"
 _INGEST_ID = "019aa0f0-11aa-7d20-8a44-0f6f2f7d3c55"
@@ -34,7 +35,13 @@ JOB_REQUESTS: Document = {
 }
 INGEST_REQUESTS: Document = {
     "folder": {"source": "path", "path": "flowers", "name": "flowers", "val_fraction": 0.1},
+    "upload": {"source": "upload", "upload_id": _UPLOAD_ID, "name": "flowers", "seed": 1},
     "builtin": {"source": "builtin", "name": "cifar10"},
+}
+INGEST_FORM: Document = {
+    "archive": "(the bytes of a zip or tar archive)",
+    "name": "flowers",
+    "val_fraction": 0.1,
 }
 
 _TRAINING = TrainSpec.model_validate({"dataset": "digits", "epochs": 5, "batch_size": 128})
@@ -45,6 +52,7 @@ TRAIN_JOB: Document = {
     "name": None,
     "status": "running",
     "spec": dump_spec(resolve(_TRAINING, BUILTIN_DATASETS["digits"])),
+    "dataset_id": _DATASET_ID,
     "attempt": 1,
     "progress": {
         "step": 24,
@@ -85,6 +93,7 @@ INGEST_JOB = TRAIN_JOB | {
     "name": "flowers",
     "status": "queued",
     "spec": dump_spec(IngestSpec.model_validate(INGEST_REQUESTS["folder"])),
+    "dataset_id": None,
     "attempt": 0,
     "progress": None,
     "queue_position": 1,
@@ -283,6 +292,31 @@ REPORT_CSV = (
     "cat,5,0.8,0.8,0.8,0.8,0.3755,0.9638\r\n"
 )
 
+UPLOAD: Document = {
+    "id": _UPLOAD_ID,
+    "file_name": "photos.zip",
+    "num_bytes": 47736619,
+    "offset": 16777216,
+    "created_at": _TIME,
+    "expires_at": "2026-11-25T09:30:00.000Z",
+    "job_id": None,
+}
+UPLOADS: Document = {"items": [UPLOAD], "next": None}
+
+DATASET_IMAGES: Document = {
+    "items": [
+        {
+            "split": "train",
+            "index": 0,
+            "label": "cat",
+            "path": "train/cat/0001.jpg",
+            "num_bytes": 18230,
+            "image_url": f"/datasets/{_DATASET_ID}/images/train/0",
+            "thumbnail_url": f"/datasets/{_DATASET_ID}/images/train/0/thumbnail.png",
+        }
+    ],
+    "next": "0",
+}
 DATASET: Document = {
     "id": _DATASET_ID,
     "name": "cats-and-dogs",
@@ -297,6 +331,13 @@ DATASET: Document = {
     "channel_mean": [0.485, 0.456, 0.406],
     "channel_std": [0.229, 0.224, 0.225],
     "channel_image_std": [0.221, 0.217, 0.218],
+    "image_sizes": {
+        "width": {"min": 240, "p25": 300, "median": 375, "p75": 500, "max": 640},
+        "height": {"min": 224, "p25": 280, "median": 333, "p75": 375, "max": 480},
+        "file_bytes": {"min": 9120, "p25": 14000, "median": 18230, "p75": 25110, "max": 90456},
+        "num_distinct": 61,
+        "most_common": [{"width": 500, "height": 375, "num_images": 84}],
+    },
     "problems": [
         {
             "code": "unreadable_image",
@@ -306,7 +347,10 @@ DATASET: Document = {
             "examples": ["train/cat/0001.jpg"],
         }
     ],
+    "num_bytes": 4123456,
+    "labels": ["cats-and-dogs:1"],
     "created_at": _TIME,
+    "dropped_at": None,
 }
 DATASETS: Document = {
     "items": [DATASET],
@@ -448,6 +492,12 @@ PROBLEMS: dict[int, Document] = {
             "The job has succeeded; only an unfinished one is cancelled",
         ),
         _problem(
+            412,
+            "unsupported_tus_version",
+            "This version of tus is not spoken here",
+            "Send Tus-Resumable: 1.0.0",
+        ),
+        _problem(
             413, "body_too_large", "The request is too large", "At most 1,048,576 bytes are taken"
         ),
         _problem(
@@ -462,6 +512,12 @@ PROBLEMS: dict[int, Document] = {
             "The request holds invalid values",
             "optimizer.lr: Input should be greater than 0",
             {"loc": "optimizer.lr", "message": "Input should be greater than 0"},
+        ),
+        _problem(
+            423,
+            "upload_busy",
+            "The upload is being written to",
+            "Another request writes to the upload: wait for its end",
         ),
         _problem(
             429,
@@ -480,6 +536,12 @@ PROBLEMS: dict[int, Document] = {
             "database_unavailable",
             "The service is not ready",
             "The database does not answer",
+        ),
+        _problem(
+            507,
+            "disk_full",
+            "The server's disk is full",
+            "There is no room for the file: free some disk on the server, then go on",
         ),
     )
 }

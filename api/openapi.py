@@ -22,7 +22,7 @@ PNG = "image/png"
 TEXT = "text/plain"
 REF = "#/components/schemas/{model}"
 COMMON_PROBLEMS = (401, 500, 503)
-LOCATION = {"Location": {"description": "Where the job is", "schema": {"type": "string"}}}
+LOCATION = {"Location": {"description": "Where it is", "schema": {"type": "string"}}}
 
 Document = dict[str, Any]
 
@@ -58,6 +58,16 @@ def picture(problems: tuple[int, ...]) -> dict[int | str, Document]:
     return {200: answer, **{code: _problem(code) for code in problems}}
 
 
+def file(media_type: str, problems: tuple[int, ...]) -> dict[int | str, Document]:
+    """What a route answers that sends a file, or 304 to who has it."""
+    content = {
+        media_type: {"schema": {"type": "string", "format": "binary"}, "example": "(its bytes)"}
+    }
+    answer = {"description": HTTPStatus.OK.phrase, "content": content}
+    not_modified = {"description": HTTPStatus.NOT_MODIFIED.phrase}
+    return {200: answer, 304: not_modified, **refusals(problems)}
+
+
 def text(example: str, problems: tuple[int, ...]) -> dict[int | str, Document]:
     """What a route answers that sends plain text."""
     content = {TEXT: {"schema": {"type": "string"}, "example": example}}
@@ -67,8 +77,31 @@ def text(example: str, problems: tuple[int, ...]) -> dict[int | str, Document]:
 
 def no_content(problems: tuple[int, ...]) -> dict[int | str, Document]:
     """What a route answers that has nothing to say."""
-    answer = {"description": HTTPStatus.NO_CONTENT.phrase}
-    return {204: answer, **{code: _problem(code) for code in problems}}
+    return {204: {"description": HTTPStatus.NO_CONTENT.phrase}, **refusals(problems)}
+
+
+def refusals(problems: tuple[int, ...]) -> dict[int | str, Document]:
+    """Which problems a route answers."""
+    return {code: _problem(code) for code in problems}
+
+
+def headers(required: Mapping[str, str], optional: Mapping[str, str] = {}) -> Document:
+    """What `openapi_extra` says of headers that FastAPI does not read: numbers of bytes, and
+    texts."""
+    numbers = [_header(name, text, "integer", True) for name, text in required.items()]
+    texts = [_header(name, text, "string", False) for name, text in optional.items()]
+    return {"parameters": [*numbers, *texts]}
+
+
+def _header(name: str, description: str, kind: str, required: bool) -> Document:
+    bounds = {"minimum": 0, "maximum": 2**40} if kind == "integer" else {}
+    return {
+        "name": name,
+        "in": "header",
+        "required": required,
+        "description": description,
+        "schema": {"type": kind, **bounds},
+    }
 
 
 def _problem(status: int) -> Document:
@@ -87,6 +120,26 @@ def json_body(adapter: TypeAdapter[Any], named_examples: Mapping[str, Any]) -> D
     return {
         "requestBody": {"required": True, "content": {JSON: {"schema": schema, "examples": shown}}}
     }
+
+
+def ingest_body(
+    adapter: TypeAdapter[Any], named_examples: Mapping[str, Any], form_example: Mapping[str, Any]
+) -> Document:
+    """What `openapi_extra` says of the bodies of `POST /datasets`."""
+    document = json_body(adapter, named_examples)
+    fields = adapter.json_schema()["properties"]
+    schema = {
+        "type": "object",
+        "required": ["archive"],
+        "additionalProperties": False,
+        "properties": {
+            "archive": {"type": "string", "format": "binary", "description": "zip or tar"},
+            **{name: fields[name] for name in ("name", "val_fraction", "seed")},
+        },
+    }
+    content = document["requestBody"]["content"]
+    content["multipart/form-data"] = {"schema": schema, "example": dict(form_example)}
+    return document
 
 
 def form_body(example: Mapping[str, Any]) -> Document:

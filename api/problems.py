@@ -31,6 +31,8 @@ log = structlog.get_logger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
 RETRY_AFTER_SECONDS = 2
+ANSWER_HEADERS = "answer_headers"
+"""In a request's state: headers of its answer, be that a problem or not."""
 MAX_ERRORS = 50
 MAX_TEXT = 400
 """Errors of one document, and characters of each text: an answer is no mirror of its request."""
@@ -130,6 +132,7 @@ class Envelope:
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-ID"] = request_id
                 headers["X-Content-Type-Options"] = "nosniff"
+                headers.update(scope.get("state", {}).get(ANSWER_HEADERS, {}))
             await send(message)
 
         with structlog.contextvars.bound_contextvars(request_id=request_id):

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import PurePath
 from typing import Annotated, Any
 
 from fastapi import BackgroundTasks, Depends, Header, Request, Response
@@ -18,13 +19,15 @@ from sqlalchemy.orm import Session
 
 from api.bodies import JsonDocument
 from api.dependencies import Services, SubmitterDep
-from shared import repository
+from shared import datasets, repository, uploads
+from shared.archive_kinds import without_suffixes
 from shared.dataset_paths import check_dataset_path
 from shared.errors import IllegalTransition, ModelNotFound
 from shared.repository import Workload
 from shared.settings import Settings
 from shared.tables import Checkpoint, Job
 from skipline import catalog, schemas
+from skipline.catalog import BUILTIN_DATASETS, SpecRefused
 from skipline.schemas import JobKind, JobStatus
 from skipline.specs import (
     IMAGENET_WEIGHTS,
@@ -154,9 +157,37 @@ def store(
         return _store_training(session, spec, submitter, kind)
     if isinstance(spec, EvaluateSpec):
         return _store_evaluation(session, spec, submitter)
+    if spec.upload_id is not None:
+        return _store_ingest_of_upload(session, spec, spec.upload_id, submitter, settings)
     if spec.path is not None:
         check_dataset_path(spec.path, settings)
     return repository.add_job(session, spec, submitter=submitter)
+
+
+def _store_ingest_of_upload(
+    session: Session, spec: IngestSpec, upload_id: str, submitter: str, settings: Settings
+) -> Job:
+    """The dataset is called as the file, unless the spec says how."""
+    upload = uploads.hold_for_job(session, settings.artifacts_path, upload_id, submitter)
+    if spec.name is None:
+        spec = spec.model_copy(update={"name": without_suffixes(upload.file_name) or "dataset"})
+    check_name(spec)
+    job = repository.add_job(session, spec, submitter=submitter)
+    uploads.pin(session, upload, job.id)
+    return job
+
+
+def check_name(spec: IngestSpec) -> None:
+    """Raises `SpecRefused` for a name that would stand for something else."""
+    name = spec.name or without_suffixes(PurePath(spec.path or "").name)
+    if spec.source != "builtin" and name in BUILTIN_DATASETS:
+        builtin = ", ".join(BUILTIN_DATASETS)
+        message = f"{name} is a built-in's name; give another. Built in are: {builtin}"
+    elif datasets.LABEL.fullmatch(name):
+        message = "A name cannot end like a version: leave the : and the number out"
+    else:
+        return
+    raise SpecRefused([{"loc": "name", "message": message}])
 
 
 def store_retry(
@@ -200,7 +231,7 @@ def _store_training(
     """`continues`: the job with whose checkpoints it begins. These belong to one dataset, whatever
     its name stands for now; and with them, the model from which that job started is not needed."""
     dataset = (continues and continues.dataset_id) or spec.dataset
-    facts, dataset_id = repository.dataset_facts(session, dataset)
+    facts, dataset_id = datasets.dataset_facts(session, dataset, lock=True)
     resolved = catalog.resolve(spec, facts, repository.cluster_facts(session))
     origin = None
     if continues is None and resolved.model.init_from not in (None, IMAGENET_WEIGHTS):
@@ -223,8 +254,8 @@ def _store_evaluation(session: Session, spec: EvaluateSpec, submitter: str) -> J
     training, checkpoint = _find_model(session, spec.model, spec.after)
     trained = load_spec(training.spec)
     assert isinstance(trained, TrainSpec), "only trainings make models"
-    trained_on, _ = repository.dataset_facts(session, training.dataset_id or trained.dataset)
-    facts, dataset_id = repository.dataset_facts(session, spec.dataset)
+    trained_on, _ = datasets.dataset_facts(session, training.dataset_id or trained.dataset)
+    facts, dataset_id = datasets.dataset_facts(session, spec.dataset, lock=True)
     resolved = catalog.resolve_evaluation(spec, facts, trained_on.classes)
     return repository.add_job(
         session,

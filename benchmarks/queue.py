@@ -38,8 +38,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 import torch
@@ -48,6 +47,7 @@ from sqlalchemy import func, insert, select, text
 from benchmarks.baselines import mlflow_tracking
 from benchmarks.baselines.problem import WrongUsage, hardware
 from benchmarks.cluster import Cluster, Connection, Kind, cluster, wait_for
+from benchmarks.figures import Figure, quantiles, seconds_of, write_figures
 from benchmarks.listeners import Listeners
 from shared import lifecycle, repository
 from shared.database import Database
@@ -67,40 +67,6 @@ MAX_POINTS = 2000
 POINTS_PER_PORTION = 10_000
 POINTS_PER_WRITE = 100
 """Of the part `metrics`: what a trainer that logs 25 steps with 4 series hands in at once."""
-
-
-@dataclass(frozen=True)
-class Figure:
-    """Something measured, and what it should at least or at most be."""
-
-    name: str
-    value: float
-    unit: str
-    at_least: float | None = None
-    at_most: float | None = None
-
-    @property
-    def is_met(self) -> bool:
-        too_little = self.at_least is not None and self.value < self.at_least
-        too_much = self.at_most is not None and self.value > self.at_most
-        return not (too_little or too_much)
-
-    def __str__(self) -> str:
-        goal = ""
-        for word, limit in (("at least", self.at_least), ("at most", self.at_most)):
-            if limit is not None:
-                goal = f"   {word} {limit:g}: {'met' if self.is_met else 'MISSED'}"
-        return f"{self.name:52} {self.value:10.4g} {self.unit}{goal}"
-
-
-def quantiles(name: str, values: Sequence[float], unit: str, **goal: float) -> list[Figure]:
-    """The median, on which the goal is, and the value that 95 % do not exceed."""
-    ordered = sorted(values)
-    highest = ordered[min(len(ordered) - 1, round(0.95 * len(ordered)))]
-    return [
-        Figure(f"{name}, median", statistics.median(values), unit, **goal),
-        Figure(f"{name}, 95 %", highest, unit),
-    ]
 
 
 # -------------------------------------------------------------------------------------- the queue
@@ -402,12 +368,6 @@ def use_mlflow(
     return written, rate_of(lambda: sum(len(run.history(name)) for name in SERIES), num_points)
 
 
-def seconds_of(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
-
-
 def rate_of(read: Callable[[], int], num_points: int, num_times: int = 3) -> float:
     """Points per second of the median read, every one of which has to be whole."""
     taken = []
@@ -487,16 +447,8 @@ def main(words: Sequence[str] | None = None) -> int:
     except WrongUsage as error:
         parser().error(str(error))
     if arguments.json:
-        document = {
-            "date": datetime.now(UTC).date().isoformat(),
-            "hardware": machine,
-            "database": arguments.database,
-            "parts": {
-                part: [asdict(figure) | {"is_met": figure.is_met} for figure in figures]
-                for part, figures in measured.items()
-            },
-        }
-        arguments.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        facts = {"hardware": machine, "database": arguments.database}
+        write_figures(arguments.json, facts, measured)
     return 0 if all(f.is_met for figures in measured.values() for f in figures) else 1
 
 

@@ -37,6 +37,13 @@ class PathNotAllowed(InvalidInput):
     title = "Datasets are not read from there"
 
 
+class BadArchive(InvalidInput):
+    """Bytes that are no archive that datasets are read from."""
+
+    code = "bad_archive"
+    title = "This is not an archive that can be read"
+
+
 class BadImage(InvalidInput):
     """Bytes that are no image of an allowed format, or do not decode to their end."""
 
@@ -95,6 +102,16 @@ class DatasetNotFound(NotFound):
     title = "There is no such dataset"
 
 
+class ImageNotFound(NotFound):
+    code = "image_not_found"
+    title = "There is no such image in the dataset"
+
+
+class UploadNotFound(NotFound):
+    code = "upload_not_found"
+    title = "There is no such upload"
+
+
 class ModelNotFound(NotFound):
     code = "model_not_found"
     title = "There is no such model"
@@ -145,6 +162,44 @@ class NothingToTakeBack(Conflict):
     title = "The alias has no former model"
 
 
+class DatasetInUse(Conflict):
+    """Models or jobs depend on the dataset; `errors` lists them."""
+
+    code = "in_use"
+    title = "The dataset is in use"
+
+
+class DatasetGone(Conflict):
+    """The record is all that is left of the dataset."""
+
+    code = "dataset_gone"
+    title = "The dataset's images were deleted"
+
+
+class DatasetDamaged(Conflict):
+    code = "dataset_damaged"
+    title = "The dataset's stored files are damaged"
+
+
+class UploadIncomplete(Conflict):
+    code = "upload_incomplete"
+    title = "The upload is not complete"
+
+
+class UploadInUse(Conflict):
+    """A job reads it."""
+
+    code = "in_use"
+    title = "The upload is in use"
+
+
+class OffsetMismatch(Conflict):
+    """The bytes sent do not begin where those that are there end."""
+
+    code = "offset_mismatch"
+    title = "The upload goes on elsewhere"
+
+
 class IdempotencyMismatch(Conflict):
     code = "idempotency_mismatch"
     title = "The Idempotency-Key was used for another request"
@@ -158,6 +213,26 @@ class NoCheckpointYet(Conflict):
 class CheckpointCorrupt(Conflict):
     code = "checkpoint_corrupt"
     title = "The checkpoint is damaged"
+
+
+class UnsupportedTusVersion(AppError):
+    status = 412
+    code = "unsupported_tus_version"
+    title = "This version of tus is not spoken here"
+
+
+class UploadBusy(AppError):
+    """Another request is writing to it."""
+
+    status = 423
+    code = "upload_busy"
+    title = "The upload is being written to"
+
+
+class DiskFull(AppError):
+    status = 507
+    code = "disk_full"
+    title = "The server's disk is full"
 
 
 class Unauthorized(AppError):
@@ -178,6 +253,10 @@ class TooManyStreams(TooBusy):
 
 class TooManyJobs(TooBusy):
     code = "too_many_jobs"
+
+
+class TooManyUploads(TooBusy):
+    code = "too_many_uploads"
 
 
 class SetupError(Exception):

@@ -1,5 +1,5 @@
-"""Clears away what nobody needs any more: files that no row names, old Idempotency-Keys, and what
-else it is given to do on this machine.
+"""Clears away what nobody needs any more: files that no row names, uploads that expired, old
+Idempotency-Keys, and what else it is given to do on this machine.
 
 Several housekeepers at a time are harmless. Knows nothing of what is in the files.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 import structlog
 from sqlalchemy import select
 
-from shared import lifecycle, repository
+from shared import lifecycle, repository, uploads
 from shared.database import Database
 from shared.settings import Settings
 from shared.storage import Storage
@@ -50,7 +50,7 @@ class Housekeeper:
         self._settings = settings
         self._database = database
         self._storage = storage
-        self._tasks = (self._remove_unnamed, self._forget_requests, *also)
+        self._tasks = (self._remove_unnamed, self._tidy_uploads, self._forget_requests, *also)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -95,6 +95,9 @@ class Housekeeper:
         except FileNotFoundError:
             return False
         return job_id not in owned and age_seconds > MIN_AGE_SECONDS
+
+    def _tidy_uploads(self) -> None:
+        uploads.tidy(self._settings, self._database, self._storage)
 
     def _forget_requests(self) -> None:
         with self._database.session_scope() as session:

@@ -25,7 +25,6 @@ from sqlalchemy import (
     union_all,
     update,
 )
-from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from shared import lifecycle
@@ -41,7 +40,6 @@ from shared.errors import (
     PictureNotReady,
     ReportNotReady,
     SummaryNotReady,
-    UnknownDataset,
 )
 from shared.lifecycle import Fence, Superseded, holds
 from shared.tables import (
@@ -60,7 +58,7 @@ from shared.tables import (
     Worker,
 )
 from skipline import schemas
-from skipline.catalog import BUILTIN_DATASETS, ClusterFacts, DatasetFacts, needs_gpu
+from skipline.catalog import ClusterFacts, needs_gpu
 from skipline.schemas import JobKind, JobStatus
 from skipline.specs import AnySpec, IngestSpec, TrainSpec, dump_spec
 
@@ -224,11 +222,13 @@ def list_jobs(
     if kind is not None:
         query = query.where(Job.kind == kind)
     if after is not None:
-        query = query.where(_before_cursor(session, Job, after))
-    return _page(list(session.scalars(query)), limit)
+        query = query.where(before_cursor(session, Job, after))
+    return cut_page(list(session.scalars(query)), limit)
 
 
-def _before_cursor(session: Session, table: type[Any], after: str) -> ColumnElement[bool]:
+def before_cursor(session: Session, table: type[Any], after: str) -> ColumnElement[bool]:
+    """The rows that come after the one with the id `after` in a list of the newest first. Raises
+    `InvalidInput` if there is none."""
     created_at = session.scalar(select(table.created_at).where(table.id == after))
     if created_at is None:
         raise InvalidInput(
@@ -245,7 +245,8 @@ def _before(table: type[Any], created_at: datetime, row_id: str) -> ColumnElemen
     return earlier | same_time
 
 
-def _page(rows: list[Any], limit: int) -> tuple[list[Any], str | None]:
+def cut_page(rows: list[Any], limit: int) -> tuple[list[Any], str | None]:
+    """`limit` rows of one more, with the cursor of the next page."""
     return rows[:limit], rows[limit - 1].id if len(rows) > limit else None
 
 
@@ -423,6 +424,7 @@ def job_document(job: Job, place: QueuePlace | None) -> schemas.Job:
         name=job.name,
         status=JobStatus(job.status),
         spec=job.spec,
+        dataset_id=job.dataset_id,
         attempt=job.attempt,
         progress=schemas.Progress(**job.progress) if job.progress else None,
         queue_position=place.position if place else None,
@@ -1099,91 +1101,6 @@ def get_picture(session: Session, job_id: str, name: str) -> bytes:
             "job with a report succeeds"
         )
     return picture.png
-
-
-# ------------------------------------------------------------------------------------- datasets
-
-
-def add_dataset(session: Session, **values: Any) -> Dataset:
-    """Stores a dataset, or finds the one with the same hash: the same images are one dataset,
-    under their latest name."""
-    existing = session.scalar(select(Dataset).where(Dataset.hash == values["hash"]))
-    if existing is not None:
-        if existing.name not in BUILTIN_DATASETS:
-            existing.name = values["name"]
-        return existing
-    dataset = Dataset(created_at=session.scalar(select(db_now())), **values)
-    try:
-        with session.begin_nested():
-            session.add(dataset)
-    except IntegrityError:  # Another worker has just brought in the same images.
-        return session.scalars(select(Dataset).where(Dataset.hash == values["hash"])).one()
-    return dataset
-
-
-def list_datasets(
-    session: Session, *, limit: int, after: str | None
-) -> tuple[list[Dataset], str | None]:
-    """Datasets, newest first, with the cursor of the next page."""
-    query = select(Dataset).order_by(Dataset.created_at.desc(), Dataset.id.desc()).limit(limit + 1)
-    if after is not None:
-        query = query.where(_before_cursor(session, Dataset, after))
-    return _page(list(session.scalars(query)), limit)
-
-
-def find_dataset(session: Session, reference: str) -> Dataset | None:
-    """The dataset with this id, else the newest one of this name."""
-    has_id = Dataset.id == reference
-    query = (
-        select(Dataset)
-        .where(has_id | (Dataset.name == reference))
-        .order_by(has_id.desc(), Dataset.created_at.desc(), Dataset.id.desc())
-        .limit(1)
-    )
-    return session.scalar(query)
-
-
-def dataset_facts(session: Session, reference: str) -> tuple[DatasetFacts, str | None]:
-    """What is known of a dataset that a spec names, with its id; a built-in that was not used
-    yet is known from the catalog and has none.
-
-    Raises:
-        UnknownDataset: neither stored nor built in.
-    """
-    dataset = find_dataset(session, reference)
-    if dataset is not None:
-        facts = DatasetFacts(
-            name=dataset.name,
-            classes=tuple(dataset.classes),
-            image_size=dataset.image_size,
-            splits={name: split["num_images"] for name, split in dataset.splits.items()},
-        )
-        return facts, dataset.id
-    if reference in BUILTIN_DATASETS:
-        return BUILTIN_DATASETS[reference], None
-    builtin = ", ".join(BUILTIN_DATASETS)
-    raise UnknownDataset(
-        f"There is no dataset {reference!r}. Add it with POST /datasets, or use one of: {builtin}",
-        errors=[{"loc": "dataset", "message": "Neither a stored dataset nor a built-in"}],
-    )
-
-
-def dataset_document(row: Dataset) -> schemas.Dataset:
-    """The dataset as clients see it."""
-    return schemas.Dataset(
-        id=row.id,
-        name=row.name,
-        hash=row.hash,
-        num_classes=len(row.classes),
-        classes=row.classes,
-        splits={name: schemas.SplitInfo(**split) for name, split in row.splits.items()},
-        image_size=row.image_size,
-        channel_mean=row.channel_mean,
-        channel_std=row.channel_std,
-        channel_image_std=row.channel_image_std,
-        problems=[schemas.Problem(**problem) for problem in row.problems],
-        created_at=row.created_at,
-    )
 
 
 # ---------------------------------------------------------------------------- idempotency keys

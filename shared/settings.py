@@ -88,6 +88,11 @@ class Settings(BaseSettings):
     max_queued_jobs_per_key: int = Field(1000, gt=0)
     """Of those, posted with one key; without keys only `max_queued_jobs` holds."""
     max_streams: int = Field(1000, gt=0)
+    max_upload_bytes: int = Field(20 * 1024 * MEBIBYTE, gt=0)
+    max_uploads_per_key: int = Field(100, gt=0)
+    """Of those that no job has read to its end; without keys, of all together."""
+    upload_expiry_seconds: float = Field(24 * 3600.0, gt=0, le=90 * 24 * 3600)
+    """An upload that is not taken up again for so long is deleted."""
     max_dataset_images: int = Field(5_000_000, gt=0)
     max_dataset_bytes: int = Field(200 * 1024 * MEBIBYTE, gt=0)
     max_dataset_classes: int = Field(10_000, gt=0)

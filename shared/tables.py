@@ -282,10 +282,45 @@ class Dataset(Base):
     channel_std: Mapped[list[Any]]
     channel_image_std: Mapped[list[Any] | None]
     """The mean over the training images of each one's standard deviation; null in old rows."""
+    image_sizes: Mapped[dict[str, Any] | None]
+    """How large its images are (`skipline.schemas.ImageSizes`); null in old rows."""
     problems: Mapped[list[Any]]
     num_bytes: Mapped[int] = mapped_column(BigInteger)
     key: Mapped[str] = mapped_column(String(255))
     created_at: Mapped[datetime]
+    dropped_at: Mapped[datetime | None]
+    """When its images were deleted, though models depend on it: the record is all there is."""
+
+
+class DatasetVersion(Base):
+    """A name that a dataset was given: `name:version`. Versions of a name count from 1."""
+
+    __tablename__ = "dataset_versions"
+    __table_args__ = (Index(None, "dataset_id"),)
+
+    name: Mapped[str] = mapped_column(String(200), primary_key=True)
+    version: Mapped[int] = mapped_column(primary_key=True)
+    dataset_id: Mapped[str] = mapped_column(ForeignKey("datasets.id", ondelete="CASCADE"))
+    created_at: Mapped[datetime]
+
+
+class Upload(Base):
+    """A file that a client sends in parts. How much of it has come is the size of the file in the
+    storage, at `uploads/<id>`: a second account of it could only be wrong."""
+
+    __tablename__ = "uploads"
+    __table_args__ = (Index(None, "job_id"), Index(None, "submitter"))
+
+    id: Mapped[str] = mapped_column(ID, primary_key=True)
+    submitter: Mapped[str] = mapped_column(String(64))
+    file_name: Mapped[str] = mapped_column(String(200))
+    num_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    """Of the whole file; null while a form is being received that does not say so."""
+    created_at: Mapped[datetime]
+    touched_at: Mapped[datetime]
+    """When bytes came last, or a job was made of it."""
+    job_id: Mapped[str | None] = mapped_column(ForeignKey("jobs.id", ondelete="SET NULL"))
+    """The newest job that reads it."""
 
 
 class Report(Base):

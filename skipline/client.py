@@ -5,6 +5,7 @@ Knows HTTP and the documents of `skipline.schemas`; nothing of the server's pack
 
 from __future__ import annotations
 
+import base64
 import os
 import re
 import time
@@ -12,7 +13,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 from urllib.parse import quote
 
 import httpx2
@@ -25,6 +26,7 @@ from skipline.schemas import (
     Attempt,
     Checkpoint,
     Dataset,
+    DatasetImage,
     DatasetPage,
     EndEvent,
     ErrorItem,
@@ -41,14 +43,17 @@ from skipline.schemas import (
     Report,
     RewindEvent,
     Summary,
+    Upload,
     Worker,
 )
 from skipline.specs import PRODUCTION, EvaluateSpec, TrainSpec
+from skipline.uploading import Memory, Progress, Source, open_source, part_bytes
 
 DocumentT = TypeVar("DocumentT", bound=BaseModel)
 PageT = TypeVar("PageT", bound=Page[Any])
 LiveEvent = MetricEvent | RewindEvent | EndEvent
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PAGE_SIZE = 100
 LONGEST_PAUSE_SECONDS = 5.0
 """Between two tries to reach a server that is away, and between two looks at a waiting job."""
@@ -177,7 +182,7 @@ class Skipline:
                 headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
                 timeout=self._timeout,
                 # A proxy set for the world outside cannot reach this machine's loopback.
-                trust_env=url.host not in ("127.0.0.1", "localhost", "::1"),
+                trust_env=url.host not in LOOPBACK,
             )
         except (httpx2.InvalidURL, ValueError) as error:
             raise SkiplineError(
@@ -390,6 +395,34 @@ class Skipline:
         items: list[Dataset] = [dataset for page in pages for dataset in page.items]
         return pages[0].model_copy(update={"items": items, "next": None})
 
+    def dataset(self, reference: str) -> Dataset:
+        """A stored dataset: by its id, by a label (`name:version`), or by a name, which stands for
+        its newest version."""
+        return self._ask(Dataset, "GET", f"datasets/{_segment(reference)}")
+
+    def dataset_images(
+        self, reference: str, *, split: str | None = None, label: str | None = None
+    ) -> Iterator[DatasetImage]:
+        """The images of a split (`train` by default), or those of one class, page by page."""
+        path = f"datasets/{_segment(reference)}/images"
+        for page in self._pages(Page[DatasetImage], path, {"split": split, "label": label}):
+            yield from page.items
+
+    def dataset_picture(
+        self, reference: str, name: Literal["samples", "classes"], **query: Any
+    ) -> bytes:
+        """A PNG: some images with their labels (`split`, `label`, `seed`, `num_images`), or how
+        many images each class has."""
+        path = f"datasets/{_segment(reference)}/{name}.png"
+        return self._content("image/png", path, query).content
+
+    def delete_dataset(self, reference: str, *, force: bool = False) -> None:
+        """Deletes a dataset under all its names. With `force`, also where models or jobs depend on
+        it: its record stays for them, its images go."""
+        params = {"force": True} if force else {}
+        path = f"datasets/{_segment(reference)}"
+        self._answer("DELETE", path, params=params, expected=(204,))
+
     def add_dataset(
         self,
         path: str | os.PathLike[str] | None = None,
@@ -397,24 +430,121 @@ class Skipline:
         builtin: str | None = None,
         name: str | None = None,
         val_fraction: float | None = None,
+        seed: int | None = None,
+        upload: bool | None = None,
+        progress: Progress = lambda sent, total: None,
         idempotency_key: str | None = None,
     ) -> Job:
-        """Starts bringing in a folder or archive of class folders on the server's disk, or a
-        built-in by name; the finished job's `result["dataset_id"]` names the dataset.
+        """Starts bringing in a folder or archive of class folders, or a built-in by name; the
+        finished job's `result["dataset_id"]` names the dataset.
 
-        A relative `path` is taken from the working directory of this process.
+        A server on this machine reads the path itself, if it may; any other gets the files sent, as
+        `upload` says how. `upload` True sends them always; False never: then `path` is as the
+        server sees it, and a relative one is taken from the working directory of this process.
+
+        Raises `OSError` for files that cannot be read, and `SourceChanged` for those that change
+        meanwhile.
         """
         if (path is None) == (builtin is None):
             raise ValueError("add_dataset takes either path or builtin")
-        if path is not None:
+        options = {"name": name, "val_fraction": val_fraction, "seed": seed}
+        given = {key: value for key, value in options.items() if value is not None}
+        if path is None:
+            return self._bring_in({"source": "builtin", **given, "name": builtin}, idempotency_key)
+        if not (self._is_elsewhere if upload is None else upload):
             absolute = os.path.abspath(os.path.expanduser(path))
-            body: dict[str, Any] = {"source": "path", "path": absolute, "name": name}
-        else:
-            body = {"source": "builtin", "name": builtin}
-        if val_fraction is not None:
-            body["val_fraction"] = val_fraction
-        given = {key: value for key, value in body.items() if value is not None}
-        return self._new_job("datasets", idempotency_key, json=given)
+            by_path = {"source": "path", "path": absolute, **given}
+            try:
+                return self._bring_in(by_path, idempotency_key)
+            except SkiplineError as error:
+                if upload is False or error.code != "path_not_allowed":
+                    raise
+        sent = self.upload(path, progress=progress)
+        return self._bring_in({"source": "upload", "upload_id": sent.id, **given}, idempotency_key)
+
+    def _bring_in(self, document: dict[str, Any], idempotency_key: str | None) -> Job:
+        return self._new_job("datasets", idempotency_key, json=document)
+
+    @property
+    def _is_elsewhere(self) -> bool:
+        """Whether the server is on another machine, as its address has it."""
+        return self._http.base_url.host not in LOOPBACK
+
+    def upload(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        progress: Progress = lambda sent, total: None,
+        memory: Memory | None = None,
+    ) -> Upload:
+        """Sends a file, or a folder as a tar archive, in parts. Where this was begun before and
+        broken off, it goes on there, as long as the files are the same; it outlasts restarts of the
+        server. `memory` keeps what is under way.
+
+        Raises `OSError` for files that cannot be read, and `SourceChanged` for those that change
+        meanwhile.
+        """
+        source = open_source(Path(path).expanduser())
+        memory = memory or Memory()
+        upload = self._begin_upload(source, memory)
+        patience = Patience(self.patience)
+        offset, size = upload.offset, part_bytes()
+        progress(offset, source.num_bytes)
+        while offset < source.num_bytes:
+            data = source.read(offset, min(size, source.num_bytes - offset))
+            try:
+                offset = self._send_part(upload.id, data, offset)
+            except (ServerUnreachable, SkiplineError) as error:
+                if not _is_passing(error):
+                    raise
+                patience.pause(error)
+                offset = self._offset(upload.id, patience)
+            else:
+                patience.reset()
+            progress(offset, source.num_bytes)
+        memory.note(self.url, source.fingerprint, None)
+        return self._ask(Upload, "GET", f"uploads/{_segment(upload.id)}")
+
+    def _begin_upload(self, source: Source, memory: Memory) -> Upload:
+        """The upload that was begun of this source, or a new one."""
+        known = memory.recall(self.url, source.fingerprint)
+        if known is not None:
+            try:
+                upload = self._ask(Upload, "GET", f"uploads/{_segment(known)}")
+            except SkiplineError as error:
+                if error.status != 404:
+                    raise
+            else:
+                if upload.num_bytes == source.num_bytes and upload.job_id is None:
+                    return upload
+        encoded = base64.b64encode(source.name.encode("utf-8", "replace")).decode()
+        headers = {
+            "Tus-Resumable": "1.0.0",
+            "Upload-Length": str(source.num_bytes),
+            "Upload-Metadata": f"filename {encoded}",
+        }
+        upload = self._ask(Upload, "POST", "uploads", headers=headers)
+        memory.note(self.url, source.fingerprint, upload.id)
+        return upload
+
+    def _send_part(self, upload_id: str, data: bytes, offset: int) -> int:
+        """Where the next part begins."""
+        headers = {
+            "Tus-Resumable": "1.0.0",
+            "Content-Type": "application/offset+octet-stream",
+            "Upload-Offset": str(offset),
+        }
+        path = f"uploads/{_segment(upload_id)}"
+        answer = self._answer("PATCH", path, content=data, headers=headers, expected=(204,))
+        return int(answer.headers["upload-offset"])
+
+    def _offset(self, upload_id: str, patience: Patience) -> int:
+        """How much the server has, once it answers again."""
+        while True:
+            try:
+                return self._ask(Upload, "GET", f"uploads/{_segment(upload_id)}").offset
+            except ServerUnreachable as error:
+                patience.pause(error)
 
     def architectures(self) -> list[Architecture]:
         """The networks that can be asked for."""
@@ -628,6 +758,12 @@ class Skipline:
             code="unexpected_answer",
             status=response.status_code,
         )
+
+
+def _is_passing(error: SkiplineError) -> bool:
+    """Whether the same part may be sent again in a while: nobody answered, somebody else writes, or
+    more has come than was told."""
+    return isinstance(error, ServerUnreachable) or error.status in (409, 423, 503)
 
 
 def _reason(error: httpx2.TransportError) -> str:

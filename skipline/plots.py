@@ -1,4 +1,4 @@
-"""A job's pictures: its curves, its confusion matrix, and images that it was trained on.
+"""Pictures of a job and of a dataset: curves, what was mistaken for what, classes, images.
 
 Every function returns a file's bytes; this module knows neither files nor HTTP. It needs
 matplotlib, which the base install leaves out: each function raises `ImportError` without it.
@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, Literal
 
-from skipline.schemas import Job, JudgedImage, MetricPoint, Metrics, Report
+from skipline.schemas import Dataset, Job, JudgedImage, MetricPoint, Metrics, Report
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,6 +31,7 @@ TRAIN, VAL, VAL_TOP5 = "#8da0b3", "#d1495b", "#e9a23b"
 INK, FAINT, QUIET = "#2b2d42", "#e6e8ec", "#6b7080"
 RIGHT, WRONG = ("#ffffff", "#c3d0dc", "#4f6d8c", "#22344a"), ("#ffffff", "#f6c9ce", VAL, "#8f2236")
 """From no image of a class to all, on the diagonal; beside it, to half of them and more."""
+SPLIT_COLOURS = {"train": TRAIN, "val": VAL, "test": VAL_TOP5}
 STYLE: Any = {
     "font.size": 10,
     "text.color": INK,
@@ -308,6 +309,52 @@ def _label_classes(axes: Axes, labels: Sequence[str]) -> None:
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     axes.spines[:].set_visible(False)
+
+
+# Classes of a dataset.
+
+
+def draw_classes(dataset: Dataset) -> bytes:
+    """How many images each class has in each split, as a PNG. Up to 40 classes by name; of more,
+    their sizes in order."""
+    title = f"{dataset.name}: images of {len(dataset.classes)} classes"
+    counts = {split: info.per_class for split, info in dataset.splits.items()}
+    if len(dataset.classes) <= MAX_CLASS_LABELS:
+        height = 1.6 + 0.26 * len(dataset.classes)
+        return _draw(7.0, height, title, lambda figure: _draw_bars(figure, dataset, counts))
+    return _draw(7.0, 4.2, title, lambda figure: _draw_sizes(figure, counts))
+
+
+def _draw_bars(figure: Figure, dataset: Dataset, counts: Mapping[str, Sequence[int]]) -> None:
+    axes = figure.subplots()
+    places = range(len(dataset.classes))
+    lefts = [0] * len(dataset.classes)
+    for split, own in counts.items():
+        axes.barh(places, own, left=lefts, color=SPLIT_COLOURS[split], label=split, height=0.75)
+        lefts = [left + count for left, count in zip(lefts, own, strict=True)]
+    names = [_shortened(label, MAX_LABEL_LENGTH) for label in dataset.classes]
+    axes.set_yticks(places, names, fontsize=8, parse_math=False)
+    axes.set_ylim(len(dataset.classes) - 0.4, -0.6)
+    axes.set_xlabel("images")
+    axes.grid(visible=False, axis="y")
+    axes.tick_params(axis="y", length=0)
+    axes.legend(fontsize=9, ncols=len(counts), loc="lower right", bbox_to_anchor=(1, 1))
+
+
+def _draw_sizes(figure: Figure, counts: Mapping[str, Sequence[int]]) -> None:
+    axes = figure.subplots()
+    for split, own in counts.items():
+        axes.step(
+            range(1, len(own) + 1),
+            sorted(own, reverse=True),
+            color=SPLIT_COLOURS[split],
+            label=split,
+            where="mid",
+        )
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("classes, the largest first")
+    axes.set_ylabel("images")
+    axes.legend(fontsize=9)
 
 
 # Calibration.

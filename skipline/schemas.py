@@ -81,7 +81,9 @@ class Job(Document):
     """A job as it stands. `spec` is resolved: every default is written out.
 
     `queue_position`: 1 for the next one to run; null for a job that does not wait for a worker,
-    also for one that waits for another job. `estimated_start_at`: by the measured speed of jobs
+    also for one that waits for another job. `dataset_id`: the dataset that its spec's name stands
+    for, once that is known; it follows from the images, so it tells for ever which they are.
+    `estimated_start_at`: by the measured speed of jobs
     like those before it; null where none was measured yet, or no worker is there.
     """
 
@@ -90,6 +92,7 @@ class Job(Document):
     name: str | None
     status: JobStatus
     spec: dict[str, Any]
+    dataset_id: str | None = None
     attempt: int
     progress: Progress | None
     queue_position: int | None
@@ -382,8 +385,10 @@ class Problem(Document):
 class Dataset(Document):
     """An immutable dataset. `image_size` is what training uses by default, in pixels;
     `channel_mean` and `channel_std` are of all pixels of the training split, scaled to [0, 1];
-    `channel_image_std` is the mean of its images' own deviations, unknown of a dataset that was
-    brought in before it was measured."""
+    `channel_image_std` is the mean of its images' own deviations. That and `image_sizes` are
+    unknown of a dataset that was brought in before they were measured. `labels`: the names it was
+    given, as `name:version`, the newest first. `dropped_at`: when its images were deleted though
+    models depend on it; it cannot be trained on any more."""
 
     id: str
     name: str
@@ -395,8 +400,67 @@ class Dataset(Document):
     channel_mean: list[float]
     channel_std: list[float]
     channel_image_std: list[float] | None = None
+    image_sizes: ImageSizes | None = None
     problems: list[Problem]
+    num_bytes: int
+    labels: list[str]
     created_at: Time
+    dropped_at: Time | None = None
+
+
+class ImageSize(Document):
+    """A size in pixels, and how many images have it."""
+
+    width: int
+    height: int
+    num_images: int
+
+
+class Spread(Document):
+    """How a number is spread over images: the smallest, the quartiles, the largest."""
+
+    min: int
+    p25: int
+    median: int
+    p75: int
+    max: int
+
+
+class ImageSizes(Document):
+    """How large a dataset's images are, all splits together, in pixels and bytes of their files;
+    `most_common`: up to ten sizes, the most frequent first."""
+
+    width: Spread
+    height: Spread
+    file_bytes: Spread
+    num_distinct: int
+    most_common: list[ImageSize]
+
+
+class DatasetImage(Document):
+    """An image of a dataset: `index` is its place within its split. `image_url` answers the file
+    as it was brought in, `thumbnail_url` a small PNG."""
+
+    split: str
+    index: int
+    label: str
+    path: str
+    num_bytes: int
+    image_url: str
+    thumbnail_url: str
+
+
+class Upload(Document):
+    """A file that is sent in parts: `offset` of its `num_bytes` have come. What is not taken up
+    again until `expires_at` is deleted. `job_id`: the job that reads it."""
+
+    id: str
+    file_name: str
+    num_bytes: int
+    offset: int
+    created_at: Time
+    expires_at: Time
+    job_id: str | None = None
 
 
 class BuiltinDataset(Document):

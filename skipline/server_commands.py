@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
@@ -45,6 +46,56 @@ def register(app: typer.Typer) -> None:
     """Adds the server's commands to the command line."""
     for command in (up, api, worker, migrate, doctor):
         app.command(rich_help_panel="Server")(command)
+
+
+def check(
+    path: Annotated[Path, typer.Argument(exists=True, help="A folder or archive of images.")],
+    val_fraction: Annotated[
+        float | None, typer.Option(help="Hold out this share of train as val, class by class.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Chooses what is held out.")] = 0,
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what is wrong with a folder or an archive of images, without a server. Exit code 1 if it
+    could not be trained on."""
+    from skipline.cli.datasets import problem_table
+    from skipline.cli.output import format_bytes, stdout
+
+    with setup_errors():
+        from shared.settings import get_settings
+        from worker.datasets.check_path import check_dataset
+
+        settings = get_settings()
+    record, problems = check_dataset(path, settings, val_fraction=val_fraction, seed=seed)
+    if json_output:
+        found = [problem.model_dump() for problem in problems]
+        facts = None
+        if record is not None:
+            facts = {
+                "hash": record.hash,
+                "classes": record.classes,
+                "splits": {name: split.model_dump() for name, split in record.splits.items()},
+                "image_size": record.image_size,
+                "channel_mean": record.channel_mean,
+                "channel_std": record.channel_std,
+                "image_sizes": record.image_sizes.model_dump(),
+            }
+        typer.echo(json.dumps({"dataset": facts, "problems": found}, indent=2, ensure_ascii=False))
+    else:
+        console = stdout()
+        if record is not None:
+            counts = ", ".join(
+                f"{split.num_images:,} images in {name}" for name, split in record.splits.items()
+            )
+            sizes = record.image_sizes
+            console.print(f"{record.num_classes:,} classes: {counts}")
+            console.print(
+                f"{sizes.width.min} to {sizes.width.max} px wide, "
+                f"{sizes.height.min} to {sizes.height.max} px high, "
+                f"{format_bytes(sizes.file_bytes.median)} in the middle"
+            )
+        console.print(problem_table(problems) if problems else "Nothing is wrong.")
+    raise typer.Exit(0 if record is not None else 1)
 
 
 def fail(message: str) -> NoReturn:

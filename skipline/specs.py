@@ -65,7 +65,7 @@ Reference = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_
 """An id or a name of something stored elsewhere: a dataset, a job, a checkpoint."""
 Tags = Annotated[tuple[Label, ...], Field(max_length=20)]
 JobReference = Annotated[str, Field(min_length=1, max_length=64), AfterValidator(_label)]
-"""A job's id."""
+"""A job's id, or an upload's."""
 Priority = Annotated[int, Field(ge=-10, le=10)]
 """Higher ones run first; among equals, the one that came first."""
 Positive = Annotated[float, Field(gt=0)]
@@ -555,23 +555,36 @@ class AliasChange(Spec):
 
 
 class IngestSpec(Spec):
-    """Bringing a dataset in: a folder or archive of class folders on the server's disk, or a
-    built-in by name. `val_fraction` holds out that share of `train` as `val`, class by class."""
+    """Bringing a dataset in: a folder or archive of class folders on the server's disk, an archive
+    that was uploaded, or a built-in by name. `val_fraction` holds out that share of `train` as
+    `val`, class by class; `seed` chooses which."""
 
     kind: Literal["ingest"] = "ingest"
     spec_version: Literal[1] = SPEC_VERSION
-    source: Literal["path", "builtin"] = "path"
+    source: Literal["path", "upload", "builtin"] = "path"
     name: Label | None = None
     path: Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_label)] | None = None
+    upload_id: JobReference | None = None
     val_fraction: Annotated[float, Field(gt=0, le=0.9)] | None = None
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
 
     @model_validator(mode="after")
     def _source_is_complete(self) -> Self:
-        if self.source == "path" and self.path is None:
-            raise PydanticCustomError("missing_path", "source: path needs the key path")
-        if self.source == "builtin" and (self.name is None or self.path is not None):
-            raise PydanticCustomError("missing_name", "source: builtin needs name, and no path")
+        named_by = {"path": "path", "upload": "upload_id", "builtin": "name"}
+        key = named_by[self.source]
+        if getattr(self, key) is None:
+            raise PydanticCustomError(
+                f"missing_{key}",
+                "source: {source} needs the key {key}",
+                {"source": self.source, "key": key},
+            )
+        for other in ("path", "upload_id"):
+            if other != key and getattr(self, other) is not None:
+                raise PydanticCustomError(
+                    "ambiguous_source",
+                    "source: {source} takes no {key}",
+                    {"source": self.source, "key": other},
+                )
         return self
 
 

@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tarfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from api.app import create_app
 from api.server import Server
-from benchmarks import cluster, fast_cifar, queue, training
+from benchmarks import cluster, fast_cifar, figures, ingest, queue, training
 from benchmarks.baselines import images, ours, published, timm_script, torchvision_reference
 from benchmarks.baselines.problem import Turn
 from shared import lifecycle, repository
@@ -372,11 +376,11 @@ def test_points_are_followed_read_and_written(
 
 
 def test_a_figure_meets_its_goal_or_does_not() -> None:
-    assert queue.Figure("x", 200.0, "jobs/s", at_least=200).is_met
-    assert not queue.Figure("x", 199.9, "jobs/s", at_least=200).is_met
-    assert not queue.Figure("x", 1.1, "s", at_most=1).is_met
-    assert queue.Figure("x", 5.0, "s").is_met
-    median, highest = queue.quantiles("x", [float(n) for n in range(1, 101)], "s", at_most=50)
+    assert figures.Figure("x", 200.0, "jobs/s", at_least=200).is_met
+    assert not figures.Figure("x", 199.9, "jobs/s", at_least=200).is_met
+    assert not figures.Figure("x", 1.1, "s", at_most=1).is_met
+    assert figures.Figure("x", 5.0, "s").is_met
+    median, highest = figures.quantiles("x", [float(n) for n in range(1, 101)], "s", at_most=50)
     assert (median.value, median.is_met) == (50.5, False)
     assert (highest.value, highest.is_met) == (96.0, True)
 
@@ -420,3 +424,35 @@ def test_a_benchmark_run_as_a_file_finds_the_standard_library(name: str) -> None
     done = subprocess.run([sys.executable, file, "--help"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("usage:")
+
+
+# ---------------------------------------------------------------------------------------- ingest
+
+
+def test_an_archive_is_sent_brought_in_packed_and_compared(tmp_path: Path) -> None:
+    archive = tmp_path / "pets.tar"
+    rng = np.random.default_rng(0)
+    with tarfile.open(archive, "w") as opened:
+        for number in range(40):
+            file = BytesIO()
+            pixels = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(file, "PNG")
+            info = tarfile.TarInfo(f"pets/train/{'cat' if number % 2 else 'dog'}/{number}.png")
+            info.size = file.tell()
+            file.seek(0)
+            opened.addfile(info, file)
+    results = tmp_path / "figures.json"
+    words = ["--archive", str(archive), "--rounds", "1", "--json", str(results)]
+    assert ingest.main(words) in (0, 1)  # So few images say nothing of speed.
+    [(name, measured)] = json.loads(results.read_text())["parts"].items()
+    assert name == "pets.tar"
+    rates = {figure["name"]: figure["value"] for figure in measured}
+    assert rates["packing, against ImageFolder"] > 0
+    assert 0 < rates["from the upload to packed"] < rates["packing"]
+
+
+def test_image_folder_reads_what_holds_class_folders(tmp_path: Path) -> None:
+    for path in ("a/train/cat", "a/train/dog", "a/val/images", "b/cat", "b/dog"):
+        (tmp_path / path).mkdir(parents=True)
+    assert ingest.image_folders(tmp_path / "a") == [tmp_path / "a" / "train"]
+    assert ingest.image_folders(tmp_path / "b") == [tmp_path / "b"]

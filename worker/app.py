@@ -11,7 +11,7 @@ from functools import partial
 import structlog
 from celery.signals import worker_shutting_down
 
-from shared import schema
+from shared import datasets, schema
 from shared.database import Database
 from shared.dispatch import make_celery
 from shared.housekeeping import Housekeeper
@@ -51,8 +51,14 @@ def run(
     slots = Slots(settings, database, num_slots, executor(settings, database, num_slots))
     tasks.register(app, slots)
     reaper = Reaper(settings, database, storage)
-    bound_cache = partial(cache.bound, cache.packed_path(settings), settings.max_cache_bytes)
-    housekeeper = Housekeeper(settings, database, storage, [bound_cache])
+    packed = cache.packed_path(settings)
+
+    def forget_deleted() -> None:
+        with database.read_scope() as session:
+            cache.forget(packed, datasets.known_hashes(session))
+
+    bound_cache = partial(cache.bound, packed, settings.max_cache_bytes)
+    housekeeper = Housekeeper(settings, database, storage, [forget_deleted, bound_cache])
 
     def leave() -> None:
         slots.drain()

@@ -7,7 +7,6 @@ before anything is loaded, and only small squares wait in memory.
 from __future__ import annotations
 
 import asyncio
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO
 
@@ -15,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shared.errors import AppError, BadImage, ImageTooLarge
+from shared.images import decode_image, to_square
 
 NUM_THREADS = 2
 """Each may hold a decoded picture of `max_image_pixels`, 3 bytes a pixel."""
@@ -23,16 +23,10 @@ Square = npt.NDArray[np.uint8]
 
 
 class Decoder:
-    """Decodes images with a limit on how many are in memory at full size.
+    """Decodes images with a limit on how many are in memory at full size."""
 
-    Args:
-        torch_ready: set once torch was imported. Two threads that import it at once can get in
-            each other's way, and the rules of decoding live beside it.
-    """
-
-    def __init__(self, max_pixels: int, torch_ready: threading.Event) -> None:
+    def __init__(self, max_pixels: int) -> None:
         self._max_pixels = max_pixels
-        self._torch_ready = torch_ready
         self._threads = ThreadPoolExecutor(NUM_THREADS, "decode")
 
     async def decode(self, files: list[BinaryIO], size: int) -> Square:
@@ -60,9 +54,6 @@ class Decoder:
         return np.stack([result for result in results if isinstance(result, np.ndarray)])
 
     def _try(self, file: BinaryIO, size: int) -> Square | AppError:
-        self._torch_ready.wait()
-        from shared.vision.preprocessing import decode_image, to_square
-
         try:
             return to_square(decode_image(file.read(), self._max_pixels), size)
         except (BadImage, ImageTooLarge) as error:

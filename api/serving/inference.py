@@ -61,8 +61,6 @@ class Inference:
         self._waiting: deque[_Request] = deque()
         self._changed = threading.Condition()
         self._stopped = False
-        self.warm = threading.Event()
-        """Set once torch was imported: others may import what needs it from then on."""
         self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
         self._thread.start()
 
@@ -104,7 +102,6 @@ class Inference:
             import shared.vision.predictor  # noqa: F401 - seconds that the first one need not wait
         except Exception as error:
             log.warning("torch cannot be loaded", error=str(error))
-        self.warm.set()
         while requests := self._take():
             try:
                 self._serve(requests)

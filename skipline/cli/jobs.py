@@ -85,7 +85,7 @@ def _progress(job: Job) -> str:
 
 def _subject(job: Job) -> str:
     """What a job without a name is about."""
-    parts = [job.spec.get("dataset") or job.spec.get("path")]
+    parts = [job.spec.get("dataset") or job.spec.get("path") or job.spec.get("name")]
     if job.kind in (JobKind.train, JobKind.dry_run):
         parts.insert(0, job.spec["model"]["arch"])
     return " on ".join(str(part) for part in parts if part)

@@ -6,7 +6,14 @@ from typing import Annotated
 
 import typer
 
-from skipline.cli.output import JsonOption, format_age, make_table, print_json, stdout
+from skipline.cli.output import (
+    JsonOption,
+    format_age,
+    make_table,
+    print_json,
+    print_sentence,
+    stdout,
+)
 from skipline.client import Skipline
 from skipline.schemas import AliasMove, Model, Page
 from skipline.specs import PRODUCTION
@@ -102,4 +109,5 @@ def _tell(model: Model, as_json: bool) -> None:
         return
     former = model.former_checkpoint_id
     back = f"; take it back with: skipline models rollback {model.alias}" if former else ""
-    stdout().print(f"{model.alias} stands for the checkpoint {model.checkpoint_id}{back}")
+    told = f"{model.alias} stands for the checkpoint {model.checkpoint_id}{back}"
+    print_sentence(stdout(), told)

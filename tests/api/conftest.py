@@ -19,7 +19,7 @@ from pydantic import SecretStr
 
 from api.app import create_app
 from api.server import Server
-from shared import lifecycle, repository, schema
+from shared import datasets, lifecycle, repository, schema
 from shared.database import Database
 from shared.lifecycle import Fence
 from shared.repository import NewPoint
@@ -292,12 +292,15 @@ class Worker:
         assert claim is not None, "a job is queued"
         return Attempt(self, claim.fence)
 
-    def add_dataset(self, name: str, classes: Sequence[str], **splits: int) -> str:
+    def add_dataset(
+        self, name: str, classes: Sequence[str], *, called: str | None = None, **splits: int
+    ) -> str:
+        """`called`: its name, if another than the one that its id and hash are made of."""
         with self.database.session_scope() as session:
-            dataset = repository.add_dataset(
+            dataset, _ = datasets.add_dataset(
                 session,
                 id=f"id-of-{name}",
-                name=name,
+                name=called or name,
                 hash=f"hash-of-{name}",
                 classes=list(classes),
                 splits={

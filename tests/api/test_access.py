@@ -38,9 +38,12 @@ def test_every_route_but_the_two_probes_wants_the_key(
         response = keyed.request(method, path)
         if path in OPEN:
             assert response.status_code == 200, path
+            continue
+        if method == "HEAD":  # An answer without a body.
+            assert response.status_code == 401, path
         else:
             assert_problem(response, 401, "unauthorized")
-            assert response.headers["www-authenticate"] == "Bearer"
+        assert response.headers["www-authenticate"] == "Bearer"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import text
 
 from api import submission
-from shared import repository
+from shared import datasets, repository
 from shared.repository import NewPoint
 from skipline.schemas import JobStatus
 
@@ -226,7 +226,7 @@ def test_a_retry_needs_the_dataset(
     worker.add_dataset("two", ["a", "b"], train=10, val=4)
     parent = failed_training(api, worker, dataset="two")
     with database.session_scope() as session:
-        session.delete(repository.find_dataset(session, "two"))
+        session.delete(datasets.find_dataset(session, "two"))
     for from_start in (False, True):
         refused = act(api, parent, "retry", from_start=from_start)
         assert_problem(refused, 422, "unknown_dataset")
@@ -238,11 +238,7 @@ def test_a_training_that_goes_on_keeps_its_dataset_whatever_the_name_stands_for_
 ) -> None:
     worker.add_dataset("two", ["a", "b"], train=10, val=4)
     parent = failed_training(api, worker, dataset="two")
-    with database.session_scope() as session:
-        repository.find_dataset(session, "two").name = "older"
-    worker.add_dataset("newer", ["a", "b"], train=20, val=4)
-    with database.session_scope() as session:
-        repository.find_dataset(session, "newer").name = "two"
+    worker.add_dataset("newer", ["a", "b"], called="two", train=20, val=4)
 
     def dataset_id(**query: Any) -> str | None:
         job = act(api, parent, "retry", **query).json()

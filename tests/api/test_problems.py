@@ -85,7 +85,7 @@ def test_a_body_over_the_limit_is_refused(
     assert_problem(send_json(10_001), 413, "body_too_large")
     assert_problem(send_form(20_001), 413, "body_too_large")
     assert_problem(send_json(10_000), 400, "malformed_json")
-    assert_problem(send_form(20_000), 422, "invalid_input")  # the form names no model
+    assert_problem(send_form(20_000), 404, "model_not_found")  # there is no `production` yet
 
 
 @pytest.mark.parametrize(

@@ -15,15 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import SecretStr
 
-from shared.database import Database
-from shared.storage import Storage
-from shared.tables import Dataset
 from skipline import Skipline
-from skipline.client import SkiplineError
 from skipline.schemas import Job, JobStatus, MetricEvent, RewindEvent
-from tests.conftest import make_settings
 from tests.e2e.conftest import (
     Service,
     bring_in,
@@ -289,34 +283,3 @@ def test_an_api_killed_between_commit_and_bell_loses_no_job(tmp_path: Path) -> N
         assert [own.id for own in client.jobs(kind="train")] == [job.id]
         ended = client.wait(job.id)
         assert (ended.status, ended.attempt) == (JobStatus.succeeded, 1)
-
-
-def test_a_dataset_that_is_gone_when_its_job_starts_is_a_typed_failure(
-    shared_service: Service,
-) -> None:
-    database_url = shared_service.environment.get("SKIPLINE_DATABASE_URL")
-    settings = make_settings(
-        home=shared_service.home, database_url=database_url and SecretStr(database_url)
-    )
-    database = Database(settings.database)
-    with shared_service.client() as client:
-        doomed = draw_stripes(shared_service.home.parent / "doomed", seed=1)
-        dataset_id = bring_in(client, doomed, "doomed")
-        blocker = client.submit(tiny_spec(epochs=10_000))
-        wait_for(lambda: client.job(blocker.id).status is JobStatus.running, "running job")
-        job = client.submit(tiny_spec(dataset="doomed", epochs=1))
-        with database.session_scope() as session:
-            row = session.get(Dataset, dataset_id)
-            assert row is not None
-            key = row.key
-            session.delete(row)
-        Storage(settings.artifacts_path).delete(key)
-        client.cancel(blocker.id)
-        ended = client.wait(job.id)
-        assert ended.error is not None
-        assert (ended.status, ended.attempt) == (JobStatus.failed, 1)
-        assert (ended.error.code, ended.error.hint) == ("dataset_gone", "Add it again")
-        with pytest.raises(SkiplineError) as refused:
-            client.retry(job.id)
-        assert (refused.value.status, refused.value.code) == (422, "unknown_dataset")
-    database.dispose()

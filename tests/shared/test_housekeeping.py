@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import update
 
-from shared import repository
+from shared import datasets, repository
 from shared.database import Database
 from shared.housekeeping import Housekeeper
 from shared.settings import Settings
@@ -49,7 +49,7 @@ def make_old(path: Path, root: Path, age_seconds: float = 2 * HOUR) -> None:
 
 def add_dataset(database: Database, key: str) -> None:
     with database.session_scope() as session:
-        repository.add_dataset(
+        datasets.add_dataset(
             session,
             id="ds_1",
             name="squares",

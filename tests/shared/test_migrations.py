@@ -9,7 +9,7 @@ import pytest
 from alembic import command
 from sqlalchemy import text
 
-from shared import lifecycle, repository, schema
+from shared import datasets, lifecycle, repository, schema
 from shared.database import Database
 from shared.lifecycle import Capacity, Fence
 from shared.settings import Settings
@@ -64,7 +64,7 @@ def test_jobs_and_datasets_of_the_first_schema_are_kept(opened: Database) -> Non
     schema.migrate(opened)
     with opened.read_scope() as session:
         job = repository.get_job(session, "j")
-        dataset = repository.find_dataset(session, "own")
+        dataset = datasets.find_dataset(session, "own")
     assert (job.num_processes, len(stored(opened, "events"))) == (1, 1)
     assert dataset is not None
     assert dataset.channel_image_std is None

@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import func, select, update
 from sqlalchemy.exc import IntegrityError
 
-from shared import lifecycle, repository
+from shared import datasets, lifecycle, repository
 from shared.database import Database, db_now
 from shared.errors import (
     IdempotencyMismatch,
@@ -385,7 +385,7 @@ def test_two_workers_that_bring_in_the_same_images_at_once_agree(database: Datab
     def bring_in(key: str) -> None:
         barrier.wait()
         with database.session_scope() as session:
-            keys.append(repository.add_dataset(session, key=key, **columns).key)
+            keys.append(datasets.add_dataset(session, key=key, **columns)[0].key)
 
     threads = [threading.Thread(target=bring_in, args=(f"k{n}",)) for n in range(4)]
     for thread in threads:
@@ -433,16 +433,17 @@ def test_the_same_images_are_one_dataset_under_the_latest_name(database: Databas
         "num_bytes": 5,
     }
     with database.session_scope() as session:
-        repository.add_dataset(session, name="first", key="k1", **columns)
+        datasets.add_dataset(session, name="first", key="k1", **columns)
     with database.session_scope() as session:
-        assert repository.add_dataset(session, name="second", key="k2", **columns).key == "k1"
+        assert datasets.add_dataset(session, name="second", key="k2", **columns)[0].key == "k1"
     with database.read_scope() as session:
-        facts, dataset_id = repository.dataset_facts(session, "second")
+        facts, dataset_id = datasets.dataset_facts(session, "second")
         assert dataset_id == "ds_1"
         assert (facts.classes, dict(facts.splits)) == (("a", "b"), {"train": 3})
+        assert datasets.dataset_facts(session, "first")[1] == "ds_1"
         with pytest.raises(UnknownDataset):
-            repository.dataset_facts(session, "first")
-        assert repository.dataset_facts(session, "digits") == (BUILTIN_DATASETS["digits"], None)
+            datasets.dataset_facts(session, "third")
+        assert datasets.dataset_facts(session, "digits") == (BUILTIN_DATASETS["digits"], None)
 
 
 # ---------------------------------------------------------------- deleting a job, going on from one

@@ -77,6 +77,7 @@ def job_document(**changes: Any) -> dict[str, Any]:
             "model": {"arch": "resnet18"},
             "epochs": 2,
         },
+        "dataset_id": None,
         "attempt": 0,
         "progress": None,
         "queue_position": None,
@@ -88,6 +89,43 @@ def job_document(**changes: Any) -> dict[str, Any]:
         "error": None,
         "stop_reason": None,
         "parent_id": None,
+    } | changes
+
+
+def dataset_document(**changes: Any) -> dict[str, Any]:
+    """Two classes with a problem, as the server shows it, with some keys changed."""
+    spread = {"min": 8, "p25": 20, "median": 32, "p75": 40, "max": 64}
+    return {
+        "id": "d-1",
+        "name": "pets",
+        "hash": "0123",
+        "num_classes": 2,
+        "classes": ["cat", "dog"],
+        "splits": {
+            "train": {"num_images": 1200, "per_class": [700, 500]},
+            "test": {"num_images": 20, "per_class": [12, 8]},
+        },
+        "image_size": 32,
+        "channel_mean": [0.5, 0.25, 0.125],
+        "channel_std": [0.2, 0.1, 0.05],
+        "channel_image_std": [0.2, 0.1, 0.05],
+        "image_sizes": {
+            **{"width": spread, "height": spread, "file_bytes": spread, "num_distinct": 9},
+            "most_common": [{"width": 32, "height": 24, "num_images": 900}],
+        },
+        "problems": [
+            {
+                "code": "leaked_images",
+                "level": "warning",
+                "message": "The same file in two splits",
+                "count": 3,
+                "examples": ["train/cat/1.jpg = test/cat/2.jpg"],
+            }
+        ],
+        "num_bytes": 3_145_728,
+        "labels": ["pets:2", "animals:1"],
+        "created_at": TIME,
+        "dropped_at": None,
     } | changes
 
 

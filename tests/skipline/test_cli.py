@@ -22,6 +22,7 @@ from tests.skipline.replay import (
     answer_json,
     answer_problem,
     attempt_document,
+    dataset_document,
     event,
     event_document,
     job_document,
@@ -389,8 +390,10 @@ def test_a_dataset_is_waited_for_and_named(server: Server, tmp_path: Path) -> No
     }
     server.on("POST /datasets", answer_json(job_document(kind="ingest"), 202))
     replay(server, done)
+    server.on("GET /datasets/d-1", answer_json(dataset_document()))
     result = run("datasets", "add", str(tmp_path), "--name", "pets")
     assert result.exit_code == 0
+    assert "leaked_images" in result.output
     assert server.asked[0].json == {"source": "path", "path": str(tmp_path), "name": "pets"}
     assert "Dataset d-1 is ready." in result.output
 

@@ -1,4 +1,4 @@
-"""Archives of images: zip, and tar plain or compressed with gzip, bzip2 or xz.
+"""Archives of images: zip, and tar plain or compressed with gzip, bzip2, xz or zstd.
 
 An archive is read twice: first its list of members, which is checked whole, and with it the few
 small members that say what others show; then the images, one by one and in memory. Nothing is ever
@@ -12,6 +12,7 @@ import gzip
 import lzma
 import re
 import struct
+import sys
 import tarfile
 import unicodedata
 import zipfile
@@ -23,6 +24,12 @@ from pathlib import Path
 from stat import S_IFDIR, S_IFMT, S_IFREG
 from typing import IO, cast
 
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
+from shared.archive_kinds import HEAD_BYTES, KINDS, archive_kind
 from shared.errors import TrainingError
 from shared.settings import Settings
 from worker.datasets.formats import find_layout
@@ -50,18 +57,14 @@ ZIP_LIST_BYTES = 256
 """More than an entry of a zip's list takes on average: 46 and its path."""
 ABSOLUTE = re.compile(r"[/\\]|[A-Za-z]:")
 """The beginning of a path from the root, or from a drive."""
-KINDS = {
-    b"PK\x03\x04": "zip",
-    b"PK\x05\x06": "zip",
-    b"\x1f\x8b": "gzip",
-    b"BZh": "bzip2",
-    b"\xfd7zXZ\x00": "xz",
-}
+MAX_ZSTD_WINDOW_LOG = 27
+"""Of what was unpacked before, 128 MiB at most are kept to refer to: a header may ask for more."""
 DAMAGE = (
     tarfile.TarError,
     zipfile.BadZipFile,
     zlib.error,
     lzma.LZMAError,
+    zstd.ZstdError,
     struct.error,
     EOFError,
     OSError,
@@ -110,8 +113,7 @@ def open_archive(
 
 def _open(path: Path, settings: Settings) -> _Zip | _Tar:
     with _damage_is_reported(), path.open("rb") as file:
-        start = file.read(8)
-    kind = next((kind for magic, kind in KINDS.items() if start.startswith(magic)), "tar")
+        kind = archive_kind(file.read(HEAD_BYTES)) or "tar"
     limit = min(
         settings.max_dataset_bytes, max(ALWAYS_ALLOWED_BYTES, MAX_RATIO * path.stat().st_size)
     )
@@ -264,6 +266,9 @@ class _Tar:
             return bz2.open(self.path)
         if self.compression == "xz":
             return lzma.open(self.path)
+        if self.compression == "zstd":
+            options = {int(zstd.DecompressionParameter.window_log_max): MAX_ZSTD_WINDOW_LOG}
+            return cast("IO[bytes]", zstd.open(self.path, options=options))
         return self.path.open("rb")
 
 
@@ -364,7 +369,7 @@ def _bad(detail: str) -> TrainingError:
     return TrainingError(
         "bad_archive",
         f"The archive cannot be read. {detail}",
-        "Use zip, tar, tar.gz, tar.bz2 or tar.xz, unencrypted, and check that the copy is complete",
+        f"Use {KINDS}, unencrypted, and check that the copy is complete",
     )
 
 

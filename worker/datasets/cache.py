@@ -11,7 +11,7 @@ import contextlib
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import structlog
@@ -78,6 +78,14 @@ def bound(root: Path, max_bytes: int) -> None:
         if _remove(folder):
             excess -= sizes[folder]
             log.info("packed dataset cleared away", num_bytes=sizes[folder])
+
+
+def forget(root: Path, known_hashes: Collection[str]) -> None:
+    """Removes packed datasets below `root` that are of none of these: what they were made of was
+    deleted. Those stay that a process uses or makes."""
+    for folder in list(_folders(root)):
+        if folder.parent.name not in known_hashes and _remove(folder):
+            log.info("packed dataset of a deleted one cleared away")
 
 
 def _folders(root: Path) -> Iterator[Path]:

@@ -18,8 +18,7 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from worker.datasets.disk import full_disk_is_reported
-from worker.datasets.index import (
+from shared.dataset_files import (
     IMAGES_FILE,
     INDEX_FILE,
     Index,
@@ -29,6 +28,7 @@ from worker.datasets.index import (
     dataset_damaged,
     read_index,
 )
+from worker.datasets.disk import full_disk_is_reported
 from worker.datasets.locks import Interrupted, exclusive, never
 from worker.datasets.packing import decode_square
 from worker.datasets.parallel import decode_threads, map_ordered
@@ -162,30 +162,34 @@ def _hash(
     should_stop: Callable[[], bool],
 ) -> str:
     """The content hash of the files as they are now, read in the order in which they lie."""
+    columns = {name: _columns(split) for name, split in index.splits.items()}
+    digests = {name: np.empty((len(split), 32), np.uint8) for name, split in index.splits.items()}
     images = [
-        (offset, size, name, index.classes[label])
-        for name, split in index.splits.items()
-        for offset, size, label in zip(*_columns(split), strict=True)
+        (offset, size, name, row)
+        for name, (offsets, sizes, _) in columns.items()
+        for row, (offset, size) in enumerate(zip(offsets, sizes, strict=True))
     ]
     images.sort()
-    seen: list[tuple[str, str, bytes]] = []
     threads = decode_threads(path.stat().st_size / len(images), num_threads)
+    done = 0
     with _opened(path) as file:
 
-        def digest(start: int) -> list[tuple[str, str, bytes]]:
-            return [
-                (name, label, hashlib.sha256(os.pread(file.fileno(), size, offset)).digest())
-                for offset, size, name, label in images[start : start + ROWS_AT_ONCE]
-            ]
+        def digest(start: int) -> int:
+            part = images[start : start + ROWS_AT_ONCE]
+            for offset, size, name, row in part:
+                data = os.pread(file.fileno(), size, offset)
+                digests[name][row] = np.frombuffer(hashlib.sha256(data).digest(), np.uint8)
+            return len(part)
 
         starts = range(0, len(images), ROWS_AT_ONCE)
         with closing(map_ordered(digest, starts, threads)) as batches:
-            for batch in batches:
+            for num_images in batches:
                 if should_stop():
                     raise Interrupted
-                seen += batch
-                progress(len(seen), len(images))
-    return content_hash(seen)
+                done += num_images
+                progress(done, len(images))
+    seen = {name: (labels, digests[name]) for name, (_, _, labels) in columns.items()}
+    return content_hash(index.classes, seen)
 
 
 def _columns(split: SplitIndex) -> tuple[list[int], list[int], list[int]]:

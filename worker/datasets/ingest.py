@@ -6,43 +6,35 @@ folder of its own, puts it into place when `ingest` returns and deletes it when 
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
-from array import array
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image
+import numpy.typing as npt
 
-from shared.errors import BadImage, ImageTooLarge, TrainingError
+from shared.dataset_files import IMAGES_FILE, Index, SplitIndex, content_hash, write_index
+from shared.errors import TrainingError
 from shared.settings import Settings
-from shared.vision.preprocessing import decode_image
 from skipline.catalog import Split, default_image_size
-from skipline.schemas import Problem, SplitInfo
+from skipline.schemas import ImageSize, ImageSizes, Problem, SplitInfo, Spread
+from worker.datasets.checks import find_problems
+from worker.datasets.columns import ImageColumns, Int64
 from worker.datasets.disk import check_free_disk, full_disk_is_reported
-from worker.datasets.index import IMAGES_FILE, Index, SplitIndex, content_hash, write_index
-from worker.datasets.layout import (
-    LAYOUT_HINT,
-    NUM_EXAMPLES,
-    SPLITS,
-    Source,
-    SourceImage,
-    warning,
-)
+from worker.datasets.examine import TOO_LARGE, UNREADABLE, ColumnsBuilder, examine
+from worker.datasets.layout import LAYOUT_HINT, NUM_EXAMPLES, SPLITS, Source
 from worker.datasets.locks import Interrupted, never
 from worker.datasets.parallel import batched, decode_threads, map_ordered
 from worker.datasets.splits import split_train
 
 BATCH_BYTES = 8 * 2**20
 ID_DIGITS = 26
-LEVELS = np.arange(256, dtype=np.int64)
-POWERS = np.stack([LEVELS, LEVELS**2], axis=1)
+NUM_COMMON_SIZES = 10
 
 
 @dataclass(frozen=True)
@@ -59,6 +51,7 @@ class DatasetRecord:
     channel_mean: list[float]
     channel_std: list[float]
     channel_image_std: list[float]
+    image_sizes: ImageSizes
     problems: list[Problem]
 
 
@@ -87,9 +80,9 @@ def ingest(
     _check_source(source, val_fraction, settings)
     check_free_disk(folder, source.num_bytes, settings.reserved_disk_bytes)
     with full_disk_is_reported():
-        images, unreadable = _read_images(source, folder, settings, progress, should_stop)
+        images, left_out = _read_images(source, folder, settings, progress, should_stop)
     if not len(images):
-        examples = ", ".join(unreadable["unreadable_images"][:3] or unreadable["images_too_large"])
+        examples = ", ".join(left_out[UNREADABLE][:3] or left_out[TOO_LARGE])
         raise TrainingError(
             "no_readable_images",
             f"None of the {source.num_images} files is an image that can be read: {examples[:300]}",
@@ -102,14 +95,22 @@ def ingest(
             f"There are {len(classes)} classes; {settings.max_dataset_classes} are allowed",
             "Merge classes, or raise SKIPLINE_MAX_DATASET_CLASSES",
         )
+    label_of = np.full(len(images.label_names), -1, np.int64)
+    for place, label in enumerate(classes):
+        label_of[images.label_names.index(label)] = place
+    splits = {str(split): _split_index(images, own, label_of) for split, own in rows.items()}
     total_hash = content_hash(
-        (split, images.labels[i], images.digests[i]) for split, own in rows.items() for i in own
+        classes, {split: (splits[split].labels, images.digests[own]) for split, own in rows.items()}
     )
-    label_of = {label: place for place, label in enumerate(classes)}
-    splits = {str(split): images.select(indices, label_of) for split, indices in rows.items()}
     with full_disk_is_reported():
         write_index(Index(total_hash, classes, splits), folder)
-    mean, std = images.channel_mean_std(rows["train"])
+    with (folder / IMAGES_FILE).open("rb") as stored:
+
+        def read(row: int) -> bytes:
+            return os.pread(stored.fileno(), int(images.sizes[row]), int(images.offsets[row]))
+
+        problems = find_problems(images, rows, source, left_out, read)
+    mean, std = channel_mean_std(images.sums[rows["train"]])
     return DatasetRecord(
         id=dataset_id(total_hash),
         name=name,
@@ -117,11 +118,12 @@ def ingest(
         num_classes=len(classes),
         classes=classes,
         splits={split: _count(columns, len(classes)) for split, columns in splits.items()},
-        image_size=default_image_size(images.median_side(rows["train"])),
+        image_size=default_image_size(_median(images.shorter_sides(rows["train"]))),
         channel_mean=mean,
         channel_std=std,
-        channel_image_std=images.channel_image_std(rows["train"]),
-        problems=[*source.problems, *_problems(source, images, rows, unreadable)],
+        channel_image_std=channel_image_std(images.sums[rows["train"]]),
+        image_sizes=image_sizes(images),
+        problems=[*source.problems, *problems],
     )
 
 
@@ -130,74 +132,66 @@ def dataset_id(total_hash: str) -> str:
     return f"ds_{total_hash[:ID_DIGITS]}"
 
 
-@dataclass(frozen=True, slots=True)
-class _Facts:
-    """An image that decodes. `sums`: pixels, then the sum and the sum of squares of each of the
-    three channels, as integers, so that no order of adding them changes the result."""
-
-    digest: bytes
-    shorter_side: int
-    sums: tuple[int, ...]
+# ------------------------------------------------------------------------------------- statistics
 
 
-@dataclass
-class _Images:
-    """The readable images, as columns that stay small for millions of them."""
+def channel_mean_std(sums: Int64) -> tuple[list[float], list[float]]:
+    """Over all pixels of images as they are stored, scaled to [0, 1]. `sums`: see `ImageColumns`;
+    exact, so that no order of adding them changes the result."""
+    num_pixels, *totals = (sum(column.tolist()) for column in sums.T)
+    channels = list(zip(totals[0::2], totals[1::2], strict=True))
+    mean = [total / (num_pixels * 255) for total, _ in channels]
+    variance = [
+        (num_pixels * squares - total**2) / (num_pixels * 255) ** 2 for total, squares in channels
+    ]
+    return mean, [value**0.5 for value in variance]
 
-    splits: list[Split] = field(default_factory=list)
-    labels: list[str] = field(default_factory=list)
-    paths: list[str] = field(default_factory=list)
-    digests: list[bytes] = field(default_factory=list)
-    offsets: array[int] = field(default_factory=lambda: array("q"))
-    sizes: array[int] = field(default_factory=lambda: array("q"))
-    sides: array[int] = field(default_factory=lambda: array("q"))
-    sums: array[int] = field(default_factory=lambda: array("q"))
 
-    def __len__(self) -> int:
-        return len(self.paths)
+def channel_image_std(sums: Int64) -> list[float]:
+    """The mean over images of each one's own standard deviation (over its pixels, as they are
+    stored), scaled to [0, 1]."""
+    num_pixels = sums[:, :1]
+    means, squares = sums[:, 1::2] / num_pixels, sums[:, 2::2] / num_pixels
+    deviations = np.sqrt(np.maximum(squares - means**2, 0)) / 255
+    return [math.fsum(column) / len(sums) for column in deviations.T.tolist()]
 
-    def add(self, image: SourceImage, facts: _Facts, offset: int) -> None:
-        self.splits.append(image.split)
-        self.labels.append(image.label)
-        self.paths.append(image.path)
-        self.digests.append(facts.digest)
-        self.offsets.append(offset)
-        self.sizes.append(len(image.data))
-        self.sides.append(facts.shorter_side)
-        self.sums.extend(facts.sums)
 
-    def select(self, indices: list[int], label_of: dict[str, int]) -> SplitIndex:
-        return SplitIndex(
-            offsets=[self.offsets[i] for i in indices],
-            sizes=[self.sizes[i] for i in indices],
-            labels=[label_of[self.labels[i]] for i in indices],
-            paths=[self.paths[i] for i in indices],
+def image_sizes(images: ImageColumns) -> ImageSizes:
+    """How large the images are; of a quartile between two images the smaller one's."""
+    sides = np.stack([images.widths, images.heights], axis=1)
+    distinct, counts = np.unique(sides, axis=0, return_counts=True)
+    common = np.argsort(-counts, kind="stable")[:NUM_COMMON_SIZES]
+    return ImageSizes(
+        width=_spread(images.widths),
+        height=_spread(images.heights),
+        file_bytes=_spread(images.sizes),
+        num_distinct=len(distinct),
+        most_common=[
+            ImageSize(width=int(width), height=int(height), num_images=int(count))
+            for (width, height), count in zip(distinct[common], counts[common], strict=True)
+        ],
+    )
+
+
+def _spread(values: npt.NDArray[Any]) -> Spread:
+    shares = (0, 0.25, 0.5, 0.75, 1)
+    return Spread.model_validate(
+        dict(
+            zip(
+                ("min", "p25", "median", "p75", "max"),
+                np.quantile(values, shares, method="lower").tolist(),
+                strict=True,
+            )
         )
+    )
 
-    def median_side(self, indices: list[int]) -> int:
-        """In pixels; of an even number of images the lower one of the two in the middle."""
-        return sorted(self.sides[i] for i in indices)[(len(indices) - 1) // 2]
 
-    def channel_mean_std(self, indices: list[int]) -> tuple[list[float], list[float]]:
-        """Over all pixels of these images as they are stored, scaled to [0, 1]."""
-        rows = np.frombuffer(self.sums, dtype=np.int64).reshape(-1, 7)[indices]
-        num_pixels, *sums = (sum(column.tolist()) for column in rows.T)
-        channels = list(zip(sums[0::2], sums[1::2], strict=True))
-        mean = [total / (num_pixels * 255) for total, _ in channels]
-        variance = [
-            (num_pixels * squares - total**2) / (num_pixels * 255) ** 2
-            for total, squares in channels
-        ]
-        return mean, [value**0.5 for value in variance]
+def _median(values: npt.NDArray[Any]) -> int:
+    """Of an even number of values the lower one of the two in the middle."""
+    return int(np.quantile(values, 0.5, method="lower"))
 
-    def channel_image_std(self, indices: list[int]) -> list[float]:
-        """The mean over these images of each one's own standard deviation (over its pixels, as
-        they are stored), scaled to [0, 1]."""
-        rows = np.frombuffer(self.sums, dtype=np.int64).reshape(-1, 7)[indices]
-        num_pixels = rows[:, :1]
-        means, squares = rows[:, 1::2] / num_pixels, rows[:, 2::2] / num_pixels
-        deviations = np.sqrt(np.maximum(squares - means**2, 0)) / 255
-        return [math.fsum(column) / len(indices) for column in deviations.T.tolist()]
+
+# ---------------------------------------------------------------------------------------- reading
 
 
 def _check_source(source: Source, val_fraction: float | None, settings: Settings) -> None:
@@ -228,28 +222,24 @@ def _read_images(
     settings: Settings,
     progress: Callable[[int, int | None], None],
     should_stop: Callable[[], bool],
-) -> tuple[_Images, dict[str, list[str]]]:
+) -> tuple[ImageColumns, dict[str, list[str]]]:
     """Writes `images.bin`. Also returns the paths of files left out, by the problem's code."""
-    images = _Images()
-    unreadable: dict[str, list[str]] = {"unreadable_images": [], "images_too_large": []}
-    examine = partial(_examine, max_pixels=settings.max_image_pixels)
+    builder = ColumnsBuilder()
+    work = partial(examine, max_pixels=settings.max_image_pixels)
     batches = batched(source, lambda image: len(image.data), BATCH_BYTES)
     num_threads = decode_threads(source.num_bytes / source.num_images, settings.cpu_threads)
     done = offset = 0
     with (
         (folder / IMAGES_FILE).open("wb") as file,
-        closing(map_ordered(examine, batches, num_threads)) as examined,
+        closing(map_ordered(work, batches, num_threads)) as examined,
     ):
-        for batch in examined:
+        for found in examined:
             if should_stop():
                 raise Interrupted
-            for image, facts in batch:
-                if isinstance(facts, _Facts):
-                    images.add(image, facts, offset)
-                    offset += file.write(image.data)
-                else:
-                    unreadable[facts].append(image.path)
-            done += len(batch)
+            builder.add(found, offset)
+            for image in found.images:
+                offset += file.write(image.data)
+            done += len(found.images) + len(found.left_out)
             if offset > settings.max_dataset_bytes:
                 raise _dataset_too_large(
                     f"more than {settings.max_dataset_bytes} bytes", "SKIPLINE_MAX_DATASET_BYTES"
@@ -257,64 +247,68 @@ def _read_images(
             progress(done, source.num_images)
         file.flush()
         os.fsync(file.fileno())
-    return images, unreadable
-
-
-def _examine(batch: list[SourceImage], max_pixels: int) -> list[tuple[SourceImage, _Facts | str]]:
-    """The facts of each image, or the code of the problem that leaves it out."""
-    results: list[tuple[SourceImage, _Facts | str]] = []
-    for image in batch:
-        try:
-            decoded = decode_image(image.data, max_pixels)
-        except BadImage:
-            results.append((image, "unreadable_images"))
-        except ImageTooLarge:
-            results.append((image, "images_too_large"))
-        else:
-            digest = hashlib.sha256(image.data).digest()
-            results.append((image, _Facts(digest, min(decoded.size), _sums(decoded))))
-    return results
-
-
-def _sums(image: Image.Image) -> tuple[int, ...]:
-    histogram = np.array(image.histogram(), dtype=np.int64).reshape(3, 256)
-    return (image.width * image.height, *(histogram @ POWERS).ravel().tolist())
+    return builder.columns, builder.left_out
 
 
 def _arrange(
-    images: _Images, val_fraction: float | None, seed: int
-) -> tuple[list[str], dict[Split, list[int]]]:
+    images: ImageColumns, val_fraction: float | None, seed: int
+) -> tuple[list[str], dict[Split, Int64]]:
     """The classes, sorted, and the images of each split, sorted by (class, digest, path)."""
-
-    def content(i: int) -> tuple[str, bytes, str]:
-        return images.labels[i], images.digests[i], images.paths[i]
-
-    order = sorted(range(len(images)), key=content)
-    rows = {split: [i for i in order if images.splits[i] == split] for split in SPLITS}
-    classes = sorted({images.labels[i] for i in rows["train"]})
-    _check_classes(images, classes, rows)
+    names = np.array(images.label_names, dtype=object)
+    ranks = np.argsort(np.argsort(names, kind="stable"), kind="stable")
+    order = _by_content(images, ranks[images.labels])
+    rows: dict[Split, Int64] = {
+        split: order[images.splits[order] == place] for place, split in enumerate(SPLITS)
+    }
+    of_split = {
+        split: {images.label_names[place] for place in np.unique(images.labels[own])}
+        for split, own in rows.items()
+    }
+    classes = sorted(of_split["train"])
+    _check_classes(classes, of_split)
     if val_fraction is not None:
-        label_of = {label: place for place, label in enumerate(classes)}
-        labels = np.array([label_of[images.labels[i]] for i in rows["train"]], dtype=np.int64)
-        train, val = split_train(labels, val_fraction, seed)
+        train, val = split_train(ranks[images.labels[rows["train"]]], val_fraction, seed)
         if not len(val):
             raise TrainingError(
                 "val_fraction_too_large",
                 "Every class has a single image, so none can be held out",
                 "Add images, or leave val_fraction out",
             )
-        rows["val"] = [rows["train"][i] for i in val]
-        rows["train"] = [rows["train"][i] for i in train]
-    return classes, {split: indices for split, indices in rows.items() if indices}
+        rows["val"], rows["train"] = rows["train"][val], rows["train"][train]
+    return classes, {split: own for split, own in rows.items() if len(own)}
 
 
-def _check_classes(images: _Images, classes: list[str], rows: dict[Split, list[int]]) -> None:
+def _by_content(images: ImageColumns, ranks: Int64) -> Int64:
+    """The order by (class, digest, path); `ranks` int64 [N] of the images' classes."""
+    parts = images.digests.view(">u8").T
+    order = np.lexsort((*parts[::-1], ranks))
+    same = (ranks[order[1:]] == ranks[order[:-1]]) & (
+        images.digests[order[1:]] == images.digests[order[:-1]]
+    ).all(axis=1)
+    # Runs of the same file: few and short, unless somebody means no good.
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], same, [False]]).astype(np.int8)))
+    for first, last in edges.reshape(-1, 2).tolist():
+        run = order[first : last + 1].tolist()
+        order[first : last + 1] = sorted(run, key=images.paths.__getitem__)
+    return order
+
+
+def _split_index(images: ImageColumns, rows: Int64, label_of: Int64) -> SplitIndex:
+    return SplitIndex(
+        offsets=images.offsets[rows].tolist(),
+        sizes=images.sizes[rows].tolist(),
+        labels=label_of[images.labels[rows]].tolist(),
+        paths=[images.paths[row] for row in rows.tolist()],
+    )
+
+
+def _check_classes(classes: list[str], of_split: Mapping[Split, set[str]]) -> None:
     if not classes:
         raise TrainingError(
             "no_train_images", "The split train has no readable images", LAYOUT_HINT
         )
     for split in ("val", "test"):
-        unknown = sorted({images.labels[i] for i in rows[split]} - set(classes))
+        unknown = sorted(of_split[split] - of_split["train"])
         if unknown:
             raise TrainingError(
                 "classes_differ",
@@ -332,54 +326,6 @@ def _check_classes(images: _Images, classes: list[str], rows: dict[Split, list[i
 def _count(columns: SplitIndex, num_classes: int) -> SplitInfo:
     per_class = np.bincount(columns.labels, minlength=num_classes).tolist()
     return SplitInfo(num_images=len(columns), per_class=per_class)
-
-
-def _problems(
-    source: Source,
-    images: _Images,
-    rows: dict[Split, list[int]],
-    unreadable: dict[str, list[str]],
-) -> Iterator[Problem]:
-    """What is odd and does not keep anybody from training."""
-    counts = Counter((split, images.labels[i]) for split, own in rows.items() for i in own)
-    classes = {label for split, label in counts if split == "train"}
-    found: list[tuple[str, str, Iterable[str]]] = [
-        (
-            "unreadable_images",
-            "Files that are no images, or do not decode to their end, were left out",
-            unreadable["unreadable_images"],
-        ),
-        (
-            "images_too_large",
-            "Images with too many pixels were left out",
-            unreadable["images_too_large"],
-        ),
-        (
-            "empty_classes",
-            "Class folders without a single readable image",
-            (f"{split}/{label}" for split, label in source.class_folders - _found(images)),
-        ),
-        (
-            "classes_differ",
-            "Classes of train that another split has no images of",
-            (f"{split}/{label}" for split in rows for label in classes - _labels(counts, split)),
-        ),
-        (
-            "single_image_classes",
-            "Classes with a single image in train",
-            (label for (split, label), n in counts.items() if split == "train" and n == 1),
-        ),
-    ]
-    for code, message, paths in found:
-        yield from warning(code, message, paths)
-
-
-def _found(images: _Images) -> set[tuple[Split, str]]:
-    return set(zip(images.splits, images.labels, strict=True))
-
-
-def _labels(counts: Counter[tuple[Split, str]], split: Split) -> set[str]:
-    return {label for own, label in counts if own == split}
 
 
 def _some(names: list[str]) -> str:

@@ -19,11 +19,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from shared.errors import AppError
-from shared.vision.preprocessing import decode_image, to_square
-from worker.datasets import cache
-from worker.datasets.disk import check_free_disk, full_disk_is_reported
-from worker.datasets.index import (
+from shared.dataset_files import (
     IMAGES_FILE,
     Index,
     SplitIndex,
@@ -32,8 +28,14 @@ from worker.datasets.index import (
     dataset_damaged,
     read_index,
 )
+from shared.errors import AppError
+from shared.images import decode_image, to_square
+from worker.datasets import cache
+from worker.datasets.disk import check_free_disk, full_disk_is_reported
 from worker.datasets.locks import Interrupted, exclusive, never
 from worker.datasets.parallel import decode_threads, map_ordered
+
+UInt8 = npt.NDArray[np.uint8]
 
 FORMAT_VERSION = 1
 PACK_FILE = "pack.json"
@@ -158,13 +160,17 @@ class _Packer:
         Raises:
             TrainingError: `dataset_damaged`, `dataset_changed`.
         """
-        seen: list[tuple[str, str, bytes]] = []
+        seen: dict[str, tuple[list[int], UInt8]] = {}
         for name, split in index.splits.items():
-            labels = (index.classes[label] for label in split.labels)
-            for digests in self._write_split(name, split):
-                seen += [(name, next(labels), digest) for digest in digests]
-                yield len(digests)
-        if content_hash(seen) != self.dataset_hash:
+            digests = np.empty((len(split), 32), np.uint8)
+            seen[name] = (split.labels, digests)
+            done = 0
+            for batch in self._write_split(name, split):
+                beyond = done + len(batch)
+                digests[done:beyond] = np.frombuffer(b"".join(batch), np.uint8).reshape(-1, 32)
+                done = beyond
+                yield len(batch)
+        if content_hash(index.classes, seen) != self.dataset_hash:
             raise dataset_changed()
         facts = {
             "format_version": FORMAT_VERSION,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import PurePath
 
+from shared.archive_kinds import without_suffixes
 from shared.dataset_paths import check_dataset_path
 from shared.errors import AppError, TrainingError
 from shared.settings import Settings
+from shared.uploads import data_path
 from skipline.specs import IngestSpec
 from worker.datasets.archives import open_archive
 from worker.datasets.builtin import open_builtin
@@ -17,7 +18,6 @@ from worker.datasets.locks import never
 
 MAX_NAME = 200
 """Characters of a label."""
-ARCHIVE_SUFFIXES = frozenset({".zip", ".tar", ".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz"})
 
 
 def open_source(
@@ -32,6 +32,15 @@ def open_source(
     """
     if spec.source == "builtin":
         return open_builtin(spec.name or "", settings, should_stop)
+    if spec.upload_id is not None:
+        path = data_path(settings.artifacts_path, spec.upload_id)
+        if not path.exists():
+            raise TrainingError(
+                "upload_gone",
+                "The upload is not there any more: it was deleted, or nobody used it for too long",
+                "Send the archive again",
+            )
+        return open_archive(path, settings)
     try:
         path = check_dataset_path(spec.path or "", settings)
     except AppError as error:
@@ -44,7 +53,4 @@ def dataset_name(spec: IngestSpec) -> str:
     """The dataset's name: the spec's own, else the last part of the path without its suffixes."""
     if spec.name is not None:
         return spec.name
-    path = PurePath(spec.path or "")
-    while path.suffix.lower() in ARCHIVE_SUFFIXES:
-        path = path.with_suffix("")
-    return printable(path.name)[:MAX_NAME] or "dataset"
+    return printable(without_suffixes(spec.path or ""))[:MAX_NAME] or "dataset"

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from sqlalchemy.orm import Session
 
-from shared import lifecycle, repository
+from shared import datasets, lifecycle, repository, uploads
 from shared.errors import TrainingError
 from shared.tables import Dataset
 from skipline.catalog import BUILTIN_DATASETS
@@ -25,44 +25,79 @@ from worker.jobs.plan import Images
 
 
 def bring_in(context: Context, spec: IngestSpec) -> None:
-    """Ingests a dataset."""
+    """Ingests a dataset. Of an upload nothing is left then; one whose ingest failed stays until it
+    expires, for another try."""
 
-    def and_finish(session: Session, dataset: Dataset) -> None:
+    def and_finish(session: Session, dataset: Dataset, label: str) -> None:
+        problems = [{key: p[key] for key in ("code", "level", "count")} for p in dataset.problems]
         result = {
             "dataset_id": dataset.id,
             "name": dataset.name,
+            "label": label,
             "num_images": sum(split["num_images"] for split in dataset.splits.values()),
-            "num_problems": len(dataset.problems),
+            "num_problems": len(problems),
+            "problems": problems,
         }
+        if spec.upload_id is not None:
+            uploads.forget(session, spec.upload_id)
         lifecycle.finish(session, context.fence, JobStatus.succeeded, result=result)
 
     store_dataset(context, spec, and_finish)
+    if spec.upload_id is not None:
+        uploads.remove_files(context.storage.root, spec.upload_id)
 
 
 def dataset_of(context: Context, reference: str) -> Dataset:
-    """The job's dataset; a built-in is brought in when it is first used."""
-    with context.database.read_scope() as session:
-        dataset = repository.find_dataset(session, context.job.dataset_id or reference)
+    """The job's dataset, which its row names from now on; a built-in is brought in when it is first
+    used. What is odd about it is told once, as an event of the job.
+
+    Raises:
+        TrainingError: `dataset_gone`.
+    """
+
+    def find(session: Session) -> Dataset | None:
+        reference_ = context.job.dataset_id or reference
+        dataset = datasets.find_dataset(session, reference_, lock=True)
+        if dataset is None or dataset.dropped_at is not None:
+            return None
+        repository.store_dataset_id(session, context.fence, dataset.id)
+        return dataset
+
+    dataset = context.sink.persist(find)
     if dataset is None:
         if reference not in BUILTIN_DATASETS:
             raise TrainingError(
-                "dataset_gone", f"The dataset {reference} is not there any more", "Add it again"
+                "dataset_gone",
+                f"The images of the dataset {reference} were deleted",
+                "Bring them in again, then retry",
             )
-        dataset = store_dataset(context, IngestSpec(source="builtin", name=reference))
-    if context.job.dataset_id is None:
-        dataset_id = dataset.id
-        context.sink.persist(
-            lambda session: repository.store_dataset_id(session, context.fence, dataset_id)
-        )
+        store_dataset(context, IngestSpec(source="builtin", name=reference))
+        dataset = context.sink.persist(find)
+        assert dataset is not None, "it was stored just now"
+    if context.fence.attempt == 1 and dataset.problems:
+        tell_problems(context, dataset)
     return dataset
+
+
+def tell_problems(context: Context, dataset: Dataset) -> None:
+    """Repeats what was found when the dataset was brought in."""
+    lines = [f"{problem['message']}: {problem['count']}" for problem in dataset.problems]
+    found = [{key: p[key] for key in ("code", "level", "count")} for p in dataset.problems]
+    context.sink.event(
+        "warning",
+        "dataset_problems",
+        f"The dataset {dataset.name} is odd. {'. '.join(lines)}",
+        {"dataset_id": dataset.id, "problems": found},
+    )
 
 
 def store_dataset(
     context: Context,
     spec: IngestSpec,
-    and_then: Callable[[Session, Dataset], None] = lambda session, dataset: None,
-) -> Dataset:
-    """Writes a dataset's files and its row; one that is there already is found by its hash."""
+    and_then: Callable[[Session, Dataset, str], None] = lambda session, dataset, label: None,
+) -> None:
+    """Writes a dataset's files and its row, and gives it the spec's name; one that is there already
+    is found by its hash."""
     key = f"datasets/{context.fence.job_id}/{context.fence.attempt}"
     source = open_source(spec, context.settings, context.should_stop)
     with context.storage.writing(key, context.fence.owner) as folder:
@@ -78,20 +113,18 @@ def store_dataset(
         )
     num_bytes = context.storage.num_bytes(key)
 
-    def register(session: Session) -> Dataset:
+    def register(session: Session) -> bool:
         repository.check_fence(session, context.fence)
-        dataset = repository.add_dataset(
+        dataset, label = datasets.add_dataset(
             session, key=key, num_bytes=num_bytes, **dataset_columns(record)
         )
         if not context.storage.path(dataset.key).exists():
             dataset.key = key
-        and_then(session, dataset)
-        return dataset
+        and_then(session, dataset, label)
+        return dataset.key == key
 
-    dataset = context.sink.finish(register)
-    if dataset.key != key:
+    if not context.sink.finish(register):
         context.storage.delete(key)
-    return dataset
 
 
 def dataset_columns(record: DatasetRecord) -> dict[str, Any]:
@@ -103,6 +136,7 @@ def dataset_columns(record: DatasetRecord) -> dict[str, Any]:
         "channel_mean": record.channel_mean,
         "channel_std": record.channel_std,
         "channel_image_std": record.channel_image_std,
+        "image_sizes": record.image_sizes.model_dump(),
         "problems": [problem.model_dump() for problem in record.problems],
     }
 

@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from sqlalchemy.orm import Session
 
-from shared import repository
+from shared import datasets, repository
+from shared.dataset_files import read_index
 from shared.errors import CheckpointCorrupt, ModelNotFound, NoCheckpointYet, TrainingError
 from shared.tables import Checkpoint, Dataset
 from shared.vision.bundle import Bundle, read_bundle
 from skipline.catalog import SpecRefused, resolve_evaluation
 from skipline.plots import draw_hardest
 from skipline.specs import EvaluateSpec
-from worker.datasets.index import read_index
 from worker.engine.data import DataPath, FileData, SplitData
 from worker.engine.evaluate import Evaluation, evaluate_bundle
 from worker.engine.report import Subject, build_report, hardest
@@ -94,7 +94,7 @@ def resolved(
         TrainingError: `invalid_spec`: the split does not exist, or the classes are not the model's.
     """
     with context.database.read_scope() as session:
-        facts, _ = repository.dataset_facts(session, dataset.id)
+        facts, _ = datasets.dataset_facts(session, dataset.id)
     try:
         return resolve_evaluation(spec, facts, bundle.classes)
     except SpecRefused as error:

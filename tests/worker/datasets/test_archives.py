@@ -9,14 +9,17 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import settings as settings_of_hypothesis
+from hypothesis import strategies as st
 
 from shared.errors import TrainingError
 from shared.settings import Settings
 from worker.datasets import archives
-from worker.datasets.archives import open_archive
+from worker.datasets.archives import open_archive, zstd
 
 FILES = {"cat/1": b"one", "cat/2": b"two", "dog/1": b"one more"}
-SUFFIXES = ["zip", "tar", "tar.gz", "tar.bz2", "tar.xz"]
+SUFFIXES = ["zip", "tar", "tar.gz", "tar.bz2", "tar.xz", "tar.zst"]
 
 
 def make_zip(path: Path, files: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> Path:
@@ -50,6 +53,12 @@ def make(path: Path, files: dict[str, bytes]) -> Path:
     if path.suffix == ".zip":
         return make_zip(path, files)
     compression = path.suffix.removeprefix(".")
+    if compression == "zst":
+        tar = make(path.with_suffix(".tar"), files)
+        options = {zstd.CompressionParameter.checksum_flag: 1}
+        path.write_bytes(zstd.compress(tar.read_bytes(), options=options))
+        tar.unlink()
+        return path
     mode = "w" if compression == "tar" else f"w:{compression}"
     return make_tar(path, *(plain(name, data) for name, data in files.items()), mode=mode)
 
@@ -199,7 +208,7 @@ def test_an_archive_cut_anywhere_is_bad(tmp_path: Path, settings: Settings, suff
         assert code_of(cut, settings) == "bad_archive", length
 
 
-@pytest.mark.parametrize("suffix", ["zip", "tar.gz", "tar.bz2", "tar.xz"])
+@pytest.mark.parametrize("suffix", ["zip", "tar.gz", "tar.bz2", "tar.xz", "tar.zst"])
 def test_a_flipped_byte_is_found(tmp_path: Path, settings: Settings, suffix: str) -> None:
     path = make(tmp_path / f"a.{suffix}", {"cat/1": bytes(range(256)) * 4})
     data = bytearray(path.read_bytes())
@@ -244,7 +253,7 @@ def test_a_zip_bomb_is_too_large_before_anything_is_read(
     assert code_of(path, settings) == "archive_too_large"
 
 
-@pytest.mark.parametrize("suffix", ["tar.gz", "tar.bz2", "tar.xz"])
+@pytest.mark.parametrize("suffix", ["tar.gz", "tar.bz2", "tar.xz", "tar.zst"])
 def test_a_tar_bomb_is_too_large_whatever_it_is_made_of(
     tmp_path: Path, settings: Settings, suffix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -319,3 +328,34 @@ def test_one_huge_member_in_a_class_is_too_large(
 def test_an_empty_archive_has_no_images(tmp_path: Path, settings: Settings) -> None:
     for suffix in SUFFIXES:
         assert open_archive(make(tmp_path / f"a.{suffix}", {}), settings).num_images == 0
+
+
+def test_a_zstd_frame_that_asks_for_gigabytes_is_bad(tmp_path: Path, settings: Settings) -> None:
+    tar = make(tmp_path / "a.tar", FILES).read_bytes()
+    options = {zstd.CompressionParameter.window_log: 30}
+    compressor = zstd.ZstdCompressor(options=options)  # which does not know how little will come
+    path = tmp_path / "a.tar.zst"
+    path.write_bytes(compressor.compress(tar) + compressor.flush())
+    assert code_of(path, settings) == "bad_archive"
+
+
+@settings_of_hypothesis(max_examples=150, derandomize=True, deadline=None, database=None)
+@given(
+    suffix=st.sampled_from(SUFFIXES),
+    flips=st.lists(st.tuples(st.integers(0, 10**6), st.integers(1, 255)), min_size=1, max_size=4),
+)
+def test_whatever_bytes_are_changed_an_archive_is_read_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, suffix: str, flips: list[tuple[int, int]]
+) -> None:
+    folder = tmp_path_factory.mktemp("flipped")
+    path = make(folder / f"a.{suffix}", FILES)
+    data = bytearray(path.read_bytes())
+    for place, change in flips:
+        data[place % len(data)] ^= change
+    path.write_bytes(data)
+    try:
+        images = list(open_archive(path, Settings(home=folder)))
+    except TrainingError:
+        images = []
+    assert len(images) <= len(FILES)
+    assert [p.name for p in folder.iterdir()] == [path.name]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from worker.datasets.cache import bound, hold, lock_path, partial_path
+from worker.datasets.cache import bound, forget, hold, lock_path, partial_path
 
 KIB = 1024
 HOLDER = """
@@ -131,3 +131,11 @@ def test_a_second_use_by_one_process_opens_no_second_descriptor(tmp_path: Path) 
     after = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0
     assert after == before
     assert folder.stat().st_mtime > 100
+
+
+def test_what_is_of_a_deleted_dataset_goes_unless_it_is_used(tmp_path: Path, start: Start) -> None:
+    kept, used = packed(tmp_path, "kept", 1), packed(tmp_path, "used", 1)
+    gone = packed(tmp_path, "gone", 1)
+    start("use", used)
+    forget(tmp_path, {"kept"})
+    assert (kept.exists(), used.exists(), gone.exists()) == (True, True, False)

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from shared.dataset_files import read_index
 from shared.errors import TrainingError
 from shared.settings import Settings
 from worker.datasets import ingest as ingest_module
 from worker.datasets.folders import open_folder
-from worker.datasets.index import read_index
 from worker.datasets.ingest import DatasetRecord, ingest
 from worker.datasets.layout import Source
 from worker.datasets.locks import Interrupted

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from shared.dataset_files import read_index
 from shared.errors import TrainingError
+from shared.images import decode_image, to_square
 from shared.settings import Settings
-from shared.vision.preprocessing import decode_image, to_square
 from worker.datasets.cache import bound, lock_path
 from worker.datasets.folders import open_folder
-from worker.datasets.index import read_index
 from worker.datasets.ingest import ingest
 from worker.datasets.locks import Interrupted, exclusive
 from worker.datasets.packing import PackedDataset, pack

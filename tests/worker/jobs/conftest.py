@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from shared import lifecycle, repository, schema
+from shared import datasets, lifecycle, repository, schema
 from shared.database import Database
 from shared.lifecycle import Action, Capacity, Fence
 from shared.settings import Settings
@@ -117,7 +117,7 @@ class Shop:
             | keys
         )
         with self.database.session_scope() as session:
-            facts, dataset_id = repository.dataset_facts(session, spec.dataset)
+            facts, dataset_id = datasets.dataset_facts(session, spec.dataset)
             resolved = catalog.resolve(spec, facts)
             return repository.add_job(session, resolved, kind=kind, dataset_id=dataset_id).id
 
@@ -219,7 +219,7 @@ def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shop]:
     job = shop.attempt(shop.ingest(squares(tmp_path / "squares"), "squares"))
     assert job.status == JobStatus.succeeded, job.error
     with database.read_scope() as session:
-        dataset = repository.find_dataset(session, "squares")
+        dataset = datasets.find_dataset(session, "squares")
     assert dataset is not None
     folder = shop.storage.path(dataset.key)
     pack(folder, IMAGE_SIZE, packed_path(settings), dataset.hash, max_pixels=10_000)

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from shared import repository
+from shared import datasets, repository
+from shared.dataset_files import read_index
 from shared.errors import TrainingError
 from shared.lifecycle import Action
 from shared.tables import Job
@@ -23,7 +24,6 @@ from tests.worker.jobs.conftest import (
     squares,
 )
 from worker.datasets.cache import packed_path
-from worker.datasets.index import read_index
 
 # Stop
 
@@ -330,7 +330,7 @@ def test_a_report_shows_its_hardest_images_and_where_the_dataset_has_them(
     with shop.database.read_scope() as session:
         report = repository.get_report(session, job.id)
         png = repository.get_picture(session, job.id, "hardest")
-        dataset = repository.find_dataset(session, "squares")
+        dataset = datasets.find_dataset(session, "squares")
     assert dataset is not None
     assert png.startswith(b"\x89PNG")
     assert report.calibration is not None
