@@ -97,7 +97,10 @@ async def _add_form(
     response: Response,
 ) -> schemas.Job:
     root, settings = services.storage.root, services.settings
-    async with _received(services, posting.submitter) as upload_id:
+    body = limited(request, settings.max_upload_bytes + ENVELOPE_BYTES)
+    declared = request.headers.get("content-length", "")
+    num_bytes = int(declared) if declared.isdecimal() else 0
+    async with _received(services, posting.submitter, num_bytes) as upload_id:
         digest = hashlib.sha256()
         writer = await run_in_threadpool(uploads.Writer, root, upload_id, settings.max_upload_bytes)
 
@@ -107,7 +110,6 @@ async def _add_form(
 
         form = LargeFileForm("archive", write)
         try:
-            body = limited(request, settings.max_upload_bytes + ENVELOPE_BYTES)
             await form.read(request, gathered(body))
         finally:
             await run_in_threadpool(writer.close)
@@ -141,11 +143,13 @@ def _form_spec(form: LargeFileForm, upload_id: str) -> IngestSpec:
 
 
 @asynccontextmanager
-async def _received(services: Services, submitter: str) -> AsyncIterator[str]:
+async def _received(services: Services, submitter: str, num_bytes: int) -> AsyncIterator[str]:
     """The id of an empty upload, which is deleted at the end unless a job was made of it: also
-    when the client goes away, and when the job was there already."""
+    when the client goes away, and when the job was there already. `num_bytes`: of the body, if it
+    says so."""
 
     def create() -> str:
+        uploads.check_free_disk(services.settings, services.storage.root, num_bytes)
         with services.database.session_scope() as session:
             return uploads.create(
                 session,

@@ -7,7 +7,6 @@ Several housekeepers at a time are harmless. Knows nothing of what is in the fil
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from shared.database import Database
 from shared.settings import Settings
 from shared.storage import Storage
 from shared.tables import Job
+from shared.timers import Timer
 
 log = structlog.get_logger(__name__)
 
@@ -51,8 +51,7 @@ class Housekeeper:
         self._database = database
         self._storage = storage
         self._tasks = (self._remove_unnamed, self._tidy_uploads, self._forget_requests, *also)
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._timer = Timer("housekeeper", settings.tidy_seconds, self.tidy)
 
     def tidy(self) -> None:
         """One round. What fails is tried again in the next one."""
@@ -105,14 +104,7 @@ class Housekeeper:
 
     def start(self) -> None:
         """Tidies every `tidy_seconds` until `stop`."""
-        self._thread = threading.Thread(target=self._run, name="housekeeper", daemon=True)
-        self._thread.start()
+        self._timer.start()
 
     def stop(self) -> None:
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join(timeout=10)
-
-    def _run(self) -> None:
-        while not self._stop.wait(self._settings.tidy_seconds):
-            self.tidy()
+        self._timer.stop()

@@ -7,7 +7,6 @@ one conditional UPDATE.
 
 from __future__ import annotations
 
-import threading
 import time
 
 import structlog
@@ -18,6 +17,7 @@ from shared.database import Database, db_now
 from shared.settings import Settings
 from shared.storage import Storage
 from shared.tables import Job
+from shared.timers import Timer
 
 log = structlog.get_logger(__name__)
 
@@ -33,8 +33,7 @@ class Reaper:
         self._host = locks.host_name()
         self._last_look: tuple[float, float] | None = None
         self._leases_trusted_from = 0.0
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._timer = Timer("reaper", settings.reap_seconds, self._try_to_look)
 
     def look(self) -> int:
         """One round. Returns how many jobs it took from dead owners."""
@@ -99,17 +98,13 @@ class Reaper:
 
     def start(self) -> None:
         """Looks every `reap_seconds` until `stop`."""
-        self._thread = threading.Thread(target=self._run, name="reaper", daemon=True)
-        self._thread.start()
+        self._timer.start()
 
     def stop(self) -> None:
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join(timeout=10)
+        self._timer.stop()
 
-    def _run(self) -> None:
-        while not self._stop.wait(self._settings.reap_seconds):
-            try:
-                self.look()
-            except Exception as error:  # The database may be away: the next round tries again.
-                log.warning("reaper failed", error=type(error).__name__)
+    def _try_to_look(self) -> None:
+        try:
+            self.look()
+        except Exception as error:  # The database may be away: the next round tries again.
+            log.warning("reaper failed", error=type(error).__name__)

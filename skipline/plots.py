@@ -380,12 +380,13 @@ def draw_calibration(report: Report, title: str) -> bytes:
         upper.plot((0, 1), (0, 1), color=QUIET, linewidth=1, linestyle="--")
         upper.set(xlim=(0, 1), ylim=(0, 1.02), ylabel="right answers")
         upper.legend(loc="upper left", fontsize=9)
-        figures = (
-            f"ECE {calibration.ece:.4f}\n"
-            f"{calibration.calibrated_ece:.4f} at temperature {calibration.temperature:.2f}"
+        gap, after = f"{calibration.ece:.4f}", f"{calibration.calibrated_ece:.4f}"
+        upper.set_title(
+            f"calibration error {gap}; at temperature {calibration.temperature:.2f}: {after}",
+            fontsize=9,
+            fontweight="normal",
+            color=QUIET,
         )
-        place = {"transform": upper.transAxes, "ha": "right", "va": "bottom"}
-        upper.text(0.98, 0.04, figures, fontsize=9, color=QUIET, **place)
         lower.bar(lefts, [part.num_images for part in bins], widths, align="edge", color=RIGHT[1])
         lower.set(xlabel="probability of the answer", ylabel="images")
 

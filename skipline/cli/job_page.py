@@ -28,6 +28,8 @@ from skipline.cli.output import (
 from skipline.schemas import Attempt, Checkpoint, Event, Job
 
 NUM_EVENTS_SHOWN = 8
+DATASET_PROBLEMS = "dataset_problems"
+"""The event in which a job repeats what is odd about its dataset."""
 LEVEL_STYLES = {"warning": "yellow", "error": "red"}
 OUTCOME_STYLES = {"succeeded": "green", "failed": "red", "lost": "yellow"}
 
@@ -38,8 +40,12 @@ def render_job(
     checkpoints: Sequence[Checkpoint],
     events: Sequence[Event],
 ) -> RenderableType:
-    """The job's state as a list of what and value, and a table of each of the others."""
+    """The job's state as a list of what and value, and a table of each of the others: of events,
+    the last ones, and what was odd about the dataset besides."""
     parts: list[RenderableType] = [_state(job)]
+    events, odd = events[-NUM_EVENTS_SHOWN:], [e for e in events if e.type == DATASET_PROBLEMS]
+    if odd and odd[0] not in events:
+        parts += ["", Text(odd[0].message, style=LEVEL_STYLES["warning"])]
     if attempts:
         parts += ["", _attempt_table(attempts)]
     if checkpoints:
@@ -78,6 +84,8 @@ def _state(job: Job) -> Table:
         grid.add_row("error", Text(f"{job.error.code}: {job.error.message}", style="red"))
         grid.add_row("hint", job.error.hint)
     for key, value in (job.result or {}).items():
+        if key == "problems":
+            value = ", ".join(f"{problem['code']} {problem['count']:,}" for problem in value) or "-"
         grid.add_row(key.replace("_", " "), format_result(key, value))
     grid.add_row("spec", _spec_text(job.spec))
     return grid

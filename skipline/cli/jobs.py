@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from skipline.cli.job_page import NUM_EVENTS_SHOWN, render_job
+from skipline.cli.job_page import render_job
 from skipline.cli.output import (
     JsonOption,
     format_age,
@@ -113,7 +113,7 @@ def show(
         attempts = client.attempts(job_id) if job.attempt else []
         checkpoints = client.checkpoints(job_id) if job.kind is JobKind.train else []
         events = client.events(job_id)
-    stdout().print(render_job(job, attempts, checkpoints, events[-NUM_EVENTS_SHOWN:]))
+    stdout().print(render_job(job, attempts, checkpoints, events))
 
 
 @app.command()

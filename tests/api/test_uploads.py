@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import shutil
 import socket
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -62,7 +64,10 @@ def uploaded(api: Any, data: bytes = ARCHIVE, name: str = "pets.zip") -> str:
 
 def files_below(settings: Settings) -> list[str]:
     root = settings.artifacts_path
-    return sorted(str(p.relative_to(root)) for p in (root / "uploads").rglob("*") if p.is_file())
+    tree = os.walk(root / "uploads")  # which may change meanwhile
+    return sorted(
+        str((Path(at) / name).relative_to(root)) for at, _, names in tree for name in names
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -200,6 +205,9 @@ def test_a_disk_that_would_be_full_is_told_before_anything_is_sent(
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**30))
     refused = sqlite_api.post("/uploads", headers={"Upload-Length": str(2**30)})
+    assert_problem(refused, 507, "disk_full")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**28 + 1000))
+    refused = sqlite_api.post("/datasets", files={"archive": ("a.zip", ARCHIVE)})
     assert_problem(refused, 507, "disk_full")
 
 
@@ -494,7 +502,6 @@ def test_what_a_job_has_read_and_could_not_remove_goes_at_once(
 def test_files_without_a_row_go_when_they_are_old(
     api: Any, settings: Settings, database: Database
 ) -> None:
-    import os
     import time
 
     folder = settings.artifacts_path / "uploads" / "left"
@@ -527,7 +534,6 @@ def test_a_full_disk_while_a_part_comes_keeps_what_is_there(
     api: Any, monkeypatch: pytest.MonkeyPatch, assert_problem: Callable[..., Any]
 ) -> None:
     import errno
-    import os
 
     location = announce(api, 3 * 2**20)
     write, calls = os.write, []

@@ -555,12 +555,15 @@ def test_lists_are_printed_as_json_on_request(server: Server) -> None:
 def test_a_job_is_shown_with_its_error_and_spec(server: Server) -> None:
     server.on("GET /jobs/job-1", answer_json(job_document(status="failed", error=FAILURE)))
     server.on("GET /jobs/job-1/checkpoints", answer_json({"items": [], "next": None}))
-    events = [event_document(number) for number in range(1, 10)]
+    odd = {"level": "warning", "type": "dataset_problems", "message": "The dataset is odd"}
+    events = [event_document(1, **odd)]
+    events += [event_document(number) for number in range(2, 10)]
     events.append(event_document(10, level="error", type="failed"))
     server.on("GET /jobs/job-1/events", answer_json({"items": events, "next": None}))
     output = run("jobs", "show", "job-1").output
     assert "nan_loss: The loss became NaN at step 3" in output
     assert "model: {arch: resnet18}" in output
+    assert output.count("The dataset is odd") == 1  # though it happened long before
     last = [line.split()[-3:] for line in output.splitlines()[-8:]]
     assert last == [
         *(["created", "Event", str(number)] for number in range(3, 10)),

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from shared.dataset_files import Paths
+
 UInt8 = npt.NDArray[np.uint8]
 UInt64 = npt.NDArray[np.uint64]
 Int32 = npt.NDArray[np.int32]
@@ -96,21 +98,18 @@ class Growing:
         return self._rows[: self._num]
 
 
-class Paths:
-    """Texts, kept as one run of bytes."""
+class PathsBuilder:
+    """Gathers texts into `Paths`."""
 
     def __init__(self) -> None:
-        self._bytes = bytearray()
+        self._text = bytearray()
         self._ends = array("q", [0])
 
     def append(self, path: str) -> None:
-        self._bytes += path.encode()
-        self._ends.append(len(self._bytes))
+        self._text += path.encode()
+        self._ends.append(len(self._text))
 
-    def __len__(self) -> int:
-        return len(self._ends) - 1
-
-    def __getitem__(self, place: int) -> str:
-        if not 0 <= place < len(self):
-            raise IndexError(place)
-        return self._bytes[self._ends[place] : self._ends[place + 1]].decode()
+    @property
+    def paths(self) -> Paths:
+        ends = np.array(self._ends, np.int64)
+        return Paths(self._text, ends[:-1], ends[1:])

@@ -11,7 +11,7 @@ import numpy as np
 
 from shared.errors import BadImage, ImageTooLarge
 from shared.images import Decoded, decode
-from worker.datasets.columns import Growing, ImageColumns, Paths, Trait, UInt64
+from worker.datasets.columns import Growing, ImageColumns, PathsBuilder, Trait, UInt64
 from worker.datasets.layout import SPLITS, SourceImage
 from worker.datasets.perceptual import grey_square, perceptual_hashes
 
@@ -101,7 +101,7 @@ class ColumnsBuilder:
     def __init__(self) -> None:
         self.left_out: dict[str, list[str]] = {UNREADABLE: [], TOO_LARGE: []}
         self._places: dict[str, int] = {}
-        self._paths = Paths()
+        self._paths = PathsBuilder()
         self._splits, self._labels = Growing(np.uint8), Growing(np.int32)
         self._digests, self._phashes = Growing(np.uint8, (32,)), Growing(np.uint64)
         self._sides, self._traits = Growing(np.int32, (2,)), Growing(np.uint8)
@@ -146,5 +146,5 @@ class ColumnsBuilder:
             offsets=offsets,
             sizes=sizes,
             sums=self._sums.array,
-            paths=self._paths,
+            paths=self._paths.paths,
         )

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,6 +22,7 @@ import numpy.typing as npt
 from shared.dataset_files import (
     IMAGES_FILE,
     INDEX_FILE,
+    ROWS_FILE,
     Index,
     SplitIndex,
     content_hash,
@@ -97,7 +99,7 @@ class FileDataset:
             KeyError: there is no such split.
         """
         split = self.index.splits[name]
-        columns = (np.array(column, np.int64) for column in _columns(split))
+        columns = (np.array(column) for column in (split.offsets, split.sizes, split.labels))
         return FileImages(self.folder / IMAGES_FILE, self.image_size, self.max_pixels, *columns)
 
 
@@ -142,6 +144,8 @@ def _stamp(folder: Path) -> dict[str, list[int]]:
     """Size in bytes and time of the last change, in nanoseconds, of each stored file."""
     try:
         states = {name: (folder / name).stat() for name in (IMAGES_FILE, INDEX_FILE)}
+        if (folder / ROWS_FILE).exists():  # not so in the first version
+            states[ROWS_FILE] = (folder / ROWS_FILE).stat()
     except OSError:
         raise dataset_damaged() from None
     return {name: [state.st_size, state.st_mtime_ns] for name, state in states.items()}
@@ -162,38 +166,31 @@ def _hash(
     should_stop: Callable[[], bool],
 ) -> str:
     """The content hash of the files as they are now, read in the order in which they lie."""
-    columns = {name: _columns(split) for name, split in index.splits.items()}
     digests = {name: np.empty((len(split), 32), np.uint8) for name, split in index.splits.items()}
-    images = [
-        (offset, size, name, row)
-        for name, (offsets, sizes, _) in columns.items()
-        for row, (offset, size) in enumerate(zip(offsets, sizes, strict=True))
-    ]
-    images.sort()
-    threads = decode_threads(path.stat().st_size / len(images), num_threads)
+    num_images = sum(map(len, digests.values()))
+    threads = decode_threads(path.stat().st_size / num_images, num_threads)
     done = 0
     with _opened(path) as file:
+        for name, split in index.splits.items():
+            order = np.argsort(split.offsets)
 
-        def digest(start: int) -> int:
-            part = images[start : start + ROWS_AT_ONCE]
-            for offset, size, name, row in part:
-                data = os.pread(file.fileno(), size, offset)
-                digests[name][row] = np.frombuffer(hashlib.sha256(data).digest(), np.uint8)
-            return len(part)
+            def digest(start: int, name: str, split: SplitIndex, order: Int64) -> int:
+                rows = order[start : start + ROWS_AT_ONCE]
+                for row in rows:
+                    data = os.pread(file.fileno(), int(split.sizes[row]), int(split.offsets[row]))
+                    digests[name][row] = np.frombuffer(hashlib.sha256(data).digest(), np.uint8)
+                return len(rows)
 
-        starts = range(0, len(images), ROWS_AT_ONCE)
-        with closing(map_ordered(digest, starts, threads)) as batches:
-            for num_images in batches:
-                if should_stop():
-                    raise Interrupted
-                done += num_images
-                progress(done, len(images))
-    seen = {name: (labels, digests[name]) for name, (_, _, labels) in columns.items()}
+            work = partial(digest, name=name, split=split, order=order)
+            starts = range(0, len(split), ROWS_AT_ONCE)
+            with closing(map_ordered(work, starts, threads)) as batches:
+                for count in batches:
+                    if should_stop():
+                        raise Interrupted
+                    done += count
+                    progress(done, num_images)
+    seen = {name: (split.labels, digests[name]) for name, split in index.splits.items()}
     return content_hash(index.classes, seen)
-
-
-def _columns(split: SplitIndex) -> tuple[list[int], list[int], list[int]]:
-    return split.offsets, split.sizes, split.labels
 
 
 def _opened(path: Path) -> BinaryIO:

@@ -295,10 +295,10 @@ def _by_content(images: ImageColumns, ranks: Int64) -> Int64:
 
 def _split_index(images: ImageColumns, rows: Int64, label_of: Int64) -> SplitIndex:
     return SplitIndex(
-        offsets=images.offsets[rows].tolist(),
-        sizes=images.sizes[rows].tolist(),
-        labels=label_of[images.labels[rows]].tolist(),
-        paths=[images.paths[row] for row in rows.tolist()],
+        offsets=images.offsets[rows],
+        sizes=images.sizes[rows],
+        labels=label_of[images.labels[rows]],
+        paths=images.paths.select(rows),
     )
 
 

@@ -160,7 +160,7 @@ class _Packer:
         Raises:
             TrainingError: `dataset_damaged`, `dataset_changed`.
         """
-        seen: dict[str, tuple[list[int], UInt8]] = {}
+        seen: dict[str, tuple[npt.NDArray[np.int64], UInt8]] = {}
         for name, split in index.splits.items():
             digests = np.empty((len(split), 32), np.uint8)
             seen[name] = (split.labels, digests)
@@ -194,7 +194,9 @@ class _Packer:
 
             def decode(start: int) -> tuple[npt.NDArray[np.uint8], list[bytes]]:
                 rows = range(start, min(start + step, len(split)))
-                files = [os.pread(stored.fileno(), split.sizes[i], split.offsets[i]) for i in rows]
+                sizes, offsets = split.sizes[start : rows.stop], split.offsets[start : rows.stop]
+                spans = zip(sizes.tolist(), offsets.tolist(), strict=True)
+                files = [os.pread(stored.fileno(), size, offset) for size, offset in spans]
                 squares = [decode_square(data, self.image_size, self.max_pixels) for data in files]
                 return np.stack(squares), [hashlib.sha256(data).digest() for data in files]
 

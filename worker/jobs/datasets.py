@@ -81,12 +81,12 @@ def dataset_of(context: Context, reference: str) -> Dataset:
 
 def tell_problems(context: Context, dataset: Dataset) -> None:
     """Repeats what was found when the dataset was brought in."""
-    lines = [f"{problem['message']}: {problem['count']}" for problem in dataset.problems]
+    counts = ", ".join(f"{problem['code']} {problem['count']:,}" for problem in dataset.problems)
     found = [{key: p[key] for key in ("code", "level", "count")} for p in dataset.problems]
     context.sink.event(
         "warning",
         "dataset_problems",
-        f"The dataset {dataset.name} is odd. {'. '.join(lines)}",
+        f"Odd about {dataset.name}: {counts}. skipline datasets show {dataset.id} says where",
         {"dataset_id": dataset.id, "problems": found},
     )
 

@@ -12,7 +12,7 @@ import structlog
 import torch
 from sqlalchemy.orm import Session
 
-from shared import repository
+from shared import datasets, repository
 from shared.errors import CheckpointCorrupt, SetupError
 from shared.tables import Checkpoint, Dataset
 from shared.vision.architectures import build_model
@@ -60,7 +60,8 @@ def train(context: Context, spec: TrainSpec) -> None:
     split = selection_split(spec, plan.images.counts)
     _, val = plan.data()
     evaluation = evaluation_of(context, best, val, plan.runtime, spec.batch_size)
-    dataset = dataset_of(context, plan.dataset.id)
+    with context.database.read_scope() as session:
+        dataset = datasets.get_dataset(session, plan.dataset.id)
     stored_split = split if spec.val_fraction is None else "train"
     subject = Subject(
         classes=plan.classes,

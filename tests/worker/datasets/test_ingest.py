@@ -117,7 +117,9 @@ def test_the_order_of_the_source_changes_nothing_but_places_in_the_file(
         (tmp_path / folder).mkdir()
         records.append(ingest(each, "pets", 0.3, 5, tmp_path / folder, settings))
         index = read_index(tmp_path / folder)
-        splits.append({name: (split.paths, split.labels) for name, split in index.splits.items()})
+        splits.append(
+            {n: (list(split.paths), split.labels.tolist()) for n, split in index.splits.items()}
+        )
     assert records[0] == records[1]
     assert splits[0] == splits[1]
 
@@ -147,8 +149,10 @@ def test_the_stored_bytes_are_the_files_own(
             found[path] = stored[offset : offset + size]
             assert path.startswith(index.classes[label])
     assert found == files
-    assert json.loads((tmp_path / "stored" / "index.json").read_text())["format_version"] == 1
-    assert sorted(os.listdir(tmp_path / "stored")) == ["images.bin", "index.json"]
+    assert json.loads((tmp_path / "stored" / "index.json").read_text())["format_version"] == 2
+    assert sorted(os.listdir(tmp_path / "stored")) == [
+        *("images.bin", "index.json", "index.paths", "index.rows"),
+    ]
 
 
 def test_mean_and_std_are_of_the_training_pixels(bring_in: BringIn) -> None:

@@ -18,6 +18,7 @@ from shared.dataset_files import read_index
 from shared.errors import TrainingError
 from shared.images import decode_image, to_square
 from shared.settings import Settings
+from tests.shared.stored import as_first_version, change_classes, change_label
 from worker.datasets.cache import bound, lock_path
 from worker.datasets.folders import open_folder
 from worker.datasets.ingest import ingest
@@ -67,7 +68,7 @@ def assert_is_whole(packed: PackedDataset, stored: Stored) -> None:
     index = read_index(stored.folder)
     for name, split in index.splits.items():
         images, labels = packed.split(name)
-        assert labels.tolist() == split.labels
+        assert labels.tolist() == split.labels.tolist()
         for row, path in zip(images, split.paths, strict=True):
             expected = to_square(decode_image(stored.files[path], 10_000), packed.image_size)
             assert np.array_equal(row, expected)
@@ -180,9 +181,7 @@ def test_a_damaged_stored_dataset_is_told(stored: Stored, cache: Path, damage: s
 
 def change(stored: Stored, what: str) -> None:
     """Changes the stored dataset so that everything in it still reads."""
-    images, index = stored.folder / "images.bin", stored.folder / "index.json"
-    document = json.loads(index.read_text())
-    split = document["splits"]["val"]
+    images = stored.folder / "images.bin"
     if what == "an image":
         data = bytearray(images.read_bytes())
         one, other = (stored.files[path] for path in ("train/a/0", "train/a/10"))
@@ -190,11 +189,9 @@ def change(stored: Stored, what: str) -> None:
         data[data.index(one) : data.index(one) + len(one)] = other
         images.write_bytes(data)
     elif what == "a label":
-        split["labels"][0] = 1
-        index.write_text(json.dumps(document))
+        change_label(stored.folder, "val")
     else:
-        document["classes"] = ["a", "c"]
-        index.write_text(json.dumps(document))
+        change_classes(stored.folder, ["a", "c"])
 
 
 @pytest.mark.parametrize("what", ["an image", "a label", "a class"])
@@ -313,3 +310,18 @@ def test_what_a_killed_packer_left_is_cleared_away(
     assert not (parent / "8").exists()
     assert_is_whole(pack_it(stored, cache), stored)
     assert sorted(path.name for path in parent.iterdir()) == [".8.lock", "8"]
+
+
+def test_a_dataset_of_the_first_version_is_packed_as_ever(stored: Stored, cache: Path) -> None:
+    as_first_version(stored.folder)
+    assert_is_whole(pack_it(stored, cache), stored)
+
+
+@pytest.mark.parametrize("name", ["index.rows", "index.paths"])
+def test_an_index_that_is_cut_short_is_told(stored: Stored, cache: Path, name: str) -> None:
+    file = stored.folder / name
+    for length in (0, file.stat().st_size - 1, file.stat().st_size - 32):
+        os.truncate(file, length)
+        with pytest.raises(TrainingError) as caught:
+            pack_it(stored, cache)
+        assert caught.value.code == "dataset_damaged"

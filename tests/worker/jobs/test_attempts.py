@@ -342,3 +342,24 @@ def test_a_report_shows_its_hardest_images_and_where_the_dataset_has_them(
         assert f"/{image.label}/" in image.image
     losses = [image.loss for image in report.hardest]
     assert losses == sorted(losses, reverse=True)
+
+
+def test_what_is_odd_about_a_dataset_is_repeated_once_by_each_job_on_it(
+    shop: Shop, tmp_path: Path
+) -> None:
+    folder = squares(tmp_path / "odd", ("a", "b"))
+    (folder / "train" / "a" / "text.png").write_text("no image")
+    ingested = shop.attempt(shop.ingest(folder, "odd"))
+    assert ingested.result is not None
+    problems = [{"code": "unreadable_images", "level": "warning", "count": 1}]
+    assert (ingested.result["label"], ingested.result["problems"]) == ("odd:1", problems)
+    job_id = shop.train(epochs=1, dataset="odd")
+    shop.attempt(job_id, Supervised({LOOKS_PER_EPOCH // 2: "release"}))
+    shop.attempt(job_id)
+    evaluation = shop.attempt(shop.evaluate(job_id, "odd"))
+    for job in (job_id, evaluation.id):
+        with shop.database.read_scope() as session:
+            events = repository.list_events(session, job)
+        [told] = [event for event in events if event.type == "dataset_problems"]
+        assert "unreadable_images 1" in told.message
+        assert told.data["problems"] == problems
