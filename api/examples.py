@@ -395,6 +395,7 @@ RECIPES: Document = {
 }
 
 PREDICT_FORM: Document = {"image": ["(the bytes of an image file)"], "model": _JOB_ID, "top_k": 2}
+PREDICT_DOCUMENT: Document = {"images": ["(an image file in Base64)"], "model": "production"}
 PREDICTIONS: Document = {
     "model": {
         "checkpoint_id": _CHECKPOINT_ID,

@@ -142,29 +142,44 @@ def ingest_body(
     return document
 
 
-def form_body(example: Mapping[str, Any]) -> Document:
-    """What `openapi_extra` says of the form of `POST /predict`."""
-    schema = {
-        "type": "object",
-        "required": ["image"],
-        "additionalProperties": False,
-        "properties": {
-            "image": {
-                "type": "array",
-                "minItems": 1,
-                "items": {"type": "string", "format": "binary"},
-                "description": "Image files: JPEG, PNG, BMP, WebP, GIF or TIFF",
-            },
-            "model": {
-                "type": "string",
-                "default": PRODUCTION,
-                "description": "An alias, or the id of a job or of a checkpoint",
-            },
-            "top_k": {"type": "integer", "minimum": 1, "default": 5},
-        },
+def predict_body(form_example: Mapping[str, Any], json_example: Mapping[str, Any]) -> Document:
+    """What `openapi_extra` says of the bodies of `POST /predict`."""
+    model = {
+        "type": "string",
+        "default": PRODUCTION,
+        "description": "An alias, or the id of a job or of a checkpoint",
     }
-    content = {"multipart/form-data": {"schema": schema, "example": dict(example)}}
-    return {"requestBody": {"required": True, "content": content}}
+    top_k = {"type": "integer", "minimum": 1, "default": 5}
+
+    def object_with(name: str, item: Document, description: str) -> Document:
+        images = {"type": "array", "minItems": 1, "items": item, "description": description}
+        return {
+            "type": "object",
+            "required": [name],
+            "additionalProperties": False,
+            "properties": {name: images, "model": model, "top_k": top_k},
+        }
+
+    binary = {"type": "string", "format": "binary"}
+    encoded = {"type": "string", "contentEncoding": "base64"}
+    content = {
+        "multipart/form-data": {
+            "schema": object_with(
+                "image", binary, "Image files: JPEG, PNG, BMP, WebP, GIF or TIFF"
+            ),
+            "example": dict(form_example),
+        },
+        JSON: {
+            "schema": object_with("images", encoded, "Image files in Base64"),
+            "example": dict(json_example),
+        },
+        "image/jpeg": {"schema": binary, "example": "(the bytes of an image file)"},
+    }
+    query = [
+        {"name": name, "in": "query", "required": False, "schema": schema}
+        for name, schema in (("model", model), ("top_k", top_k))
+    ]
+    return {"parameters": query, "requestBody": {"required": True, "content": content}}
 
 
 def build(app: FastAPI) -> Document:

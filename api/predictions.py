@@ -6,50 +6,24 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Self
 
 import numpy as np
 import numpy.typing as npt
 from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from starlette.datastructures import FormData, UploadFile
 
 from api import examples, openapi
-from api.bodies import form_body
 from api.dependencies import Services, ServicesDep, is_id
+from api.prediction_requests import PredictionRequest, read_request
 from api.serving.cache import ModelKey
 from api.serving.inference import Answer
 from shared import repository
 from shared.database import Database
-from shared.errors import CheckpointCorrupt, InvalidInput, ModelNotFound
+from shared.errors import CheckpointCorrupt, ModelNotFound
 from skipline import schemas
-from skipline.specs import PRODUCTION, TrainSpec, error_items, load_spec
+from skipline.specs import TrainSpec, load_spec
 
 router = APIRouter(tags=["predictions"])
-
-
-class PredictionForm(BaseModel):
-    """The form's parts. `image`: image files, one or many."""
-
-    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
-
-    image: Annotated[list[UploadFile], Field(min_length=1)]
-    model: str = PRODUCTION
-    top_k: Annotated[int, Field(ge=1)] = 5
-
-    @classmethod
-    def parse(cls, form: FormData) -> Self:
-        """Raises `InvalidInput`."""
-        parts: dict[str, Any] = {name: form[name] for name in form if name != "image"}
-        if "image" in form:
-            parts["image"] = form.getlist("image")
-        try:
-            return cls.model_validate(parts)
-        except ValidationError as error:
-            items = error_items(error)
-            detail = "; ".join(f"{item['loc']}: {item['message']}" for item in items)
-            raise InvalidInput(detail, errors=items) from None
 
 
 @dataclass(frozen=True)
@@ -88,39 +62,38 @@ def find_model(database: Database, reference: str) -> StoredModel:
     summary="Classify images",
     response_model=schemas.Predictions,
     responses=openapi.responses(examples.PREDICTIONS, problems=(400, 404, 409, 413, 415, 422, 429)),
-    openapi_extra=openapi.form_body(examples.PREDICT_FORM),
+    openapi_extra=openapi.predict_body(examples.PREDICT_FORM, examples.PREDICT_DOCUMENT),
 )
 async def predict(request: Request, services: ServicesDep) -> schemas.Predictions:
-    """Takes a multipart form with one or many `image` files, the `model` (a checkpoint's id, a
-    job's for its best checkpoint, or an alias: `production` by default) and `top_k`, how many
-    classes to name. Also works while the job still trains."""
-    async with form_body(request, services.settings.max_predict_images) as parts:
-        form = PredictionForm.parse(parts)
+    """Takes a form with one or many `image` files, JSON with `images` in Base64, or one image as
+    the body; with it the `model` (a checkpoint's id, a job's for its best checkpoint, or an alias:
+    `production` by default) and `top_k`, how many classes to name. Also works while the job still
+    trains."""
+    async with read_request(request) as asked:
         with services.inference.place():
-            return await _predict(form, services)
+            return await _predict(asked, services)
 
 
-async def _predict(form: PredictionForm, services: Services) -> schemas.Predictions:
+async def _predict(asked: PredictionRequest, services: Services) -> schemas.Predictions:
     started = time.monotonic()
-    model = await run_in_threadpool(find_model, services.database, form.model)
-    files = [upload.file for upload in form.image]
-    images = await services.decoder.decode(files, model.key.image_size)
+    reference = asked.options.model
+    model = await run_in_threadpool(find_model, services.database, reference)
+    images = await services.decoder.decode(asked.files, model.key.image_size)
     decoded = time.monotonic()
     try:
         answer = await asyncio.wrap_future(services.inference.submit(model.key, images))
     except CheckpointCorrupt:
         # A running job drops a checkpoint when a better one appears: perhaps just now.
-        newer = await run_in_threadpool(find_model, services.database, form.model)
+        newer = await run_in_threadpool(find_model, services.database, reference)
         if newer == model:
             raise
         model = newer
         answer = await asyncio.wrap_future(services.inference.submit(model.key, images))
-    names = [upload.filename or str(place) for place, upload in enumerate(form.image)]
     return schemas.Predictions(
         model=model.document,
         predictions=[
-            _prediction(name, row, answer.classes, form.top_k)
-            for name, row in zip(names, answer.probabilities, strict=True)
+            _prediction(name, row, answer.classes, asked.options.top_k)
+            for name, row in zip(asked.names, answer.probabilities, strict=True)
         ],
         timing_ms=_timing(1000 * (decoded - started), answer),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import math
 import shutil
 import threading
@@ -263,3 +264,58 @@ def test_beyond_so_many_predictions_one_is_told_to_come_back(
         assert response.headers["retry-after"] == "2"
         assert [answer.result().status_code for answer in answers] == [200, 200]
     assert api.predict([png()], model=trained[0]).status_code == 200
+
+
+def without_times(answer: Any) -> Any:
+    assert answer.status_code == 200, answer.text
+    return answer.json() | {"timing_ms": {}}
+
+
+def test_a_form_a_document_and_a_bare_image_get_one_answer(
+    api: Any, trained: Any, png: Any
+) -> None:
+    job_id, _ = trained
+    image = png()
+    form = api.predict([image, image], files="{}", model=job_id, top_k="3")
+    encoded = base64.b64encode(image).decode()
+    document = {"images": [encoded, encoded], "model": job_id, "top_k": 3}
+    assert without_times(api.post("/predict", json=document)) == without_times(form)
+    bare = api.post(
+        f"/predict?model={job_id}&top_k=3", content=image, headers={"Content-Type": "image/png"}
+    )
+    assert without_times(bare)["predictions"] == without_times(form)["predictions"][:1]
+
+
+@pytest.mark.parametrize(
+    ("document", "loc"),
+    [
+        ({}, "images"),
+        ({"images": []}, "images"),
+        ({"images": "x"}, "images"),
+        ({"images": ["x"], "top_k": 0}, "top_k"),
+        ({"images": ["x"], "explain": True}, "explain"),
+        ({"images": ["aGVsbG8=", "not base64"]}, "images[1]"),
+        ({"images": ["aGVsbG8="] * 65}, "images"),
+        ([], ""),
+    ],
+)
+def test_a_document_that_makes_no_sense_is_refused_with_its_key(
+    sqlite_api: Any, document: Any, loc: str, assert_problem: Callable[..., Any]
+) -> None:
+    problem = assert_problem(sqlite_api.post("/predict", json=document), 422, "invalid_input")
+    assert [item["loc"] for item in problem["errors"]] == [loc]
+
+
+def test_what_is_no_body_of_images_is_refused(
+    api: Any, trained: Any, assert_problem: Callable[..., Any]
+) -> None:
+    def post(query: str, content: bytes, kind: str) -> Any:
+        return api.post(f"/predict{query}", content=content, headers={"Content-Type": kind})
+
+    model = f"?model={trained[0]}"
+    assert_problem(post(model, b"x", "text/plain"), 415, "unsupported_media_type")
+    assert_problem(post(model, b"", "image/png"), 422, "bad_image")
+    assert_problem(post(model, b"no image", "image/jpeg"), 422, "bad_image")
+    assert_problem(post(model + "&top_k=0", b"x", "image/png"), 422, "invalid_input")
+    assert_problem(post(model + "&topk=1", b"x", "image/png"), 422, "invalid_input")
+    assert_problem(post(model, b"{", "application/json"), 400, "malformed_json")
