@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 from shared.errors import TooBusy
+
+T = TypeVar("T")
 
 MAX_WAITING = 32
 """Pictures that wait to be drawn before the next one is told to come back later."""
@@ -20,7 +23,7 @@ class Drawing:
         self._thread = ThreadPoolExecutor(1, "drawing")
         self._num_waiting = 0
 
-    async def run(self, draw: Callable[[], bytes]) -> bytes:
+    async def run(self, draw: Callable[[], T]) -> T:
         """What `draw` returns or raises.
 
         Raises:

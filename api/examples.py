@@ -412,6 +412,8 @@ PREDICTIONS: Document = {
                 {"label": "1", "index": 1, "probability": 0.02},
             ],
             "confidence": 0.97,
+            "explanation": None,
+            "features": None,
         }
     ],
     "timing_ms": {"decode": 1.4, "queue": 0.1, "load": 0.0, "forward": 9.8},

@@ -149,7 +149,12 @@ def predict_body(form_example: Mapping[str, Any], json_example: Mapping[str, Any
         "default": PRODUCTION,
         "description": "An alias, or the id of a job or of a checkpoint",
     }
-    top_k = {"type": "integer", "minimum": 1, "default": 5}
+    options = {
+        "model": model,
+        "top_k": {"type": "integer", "minimum": 1, "default": 5},
+        "explain": {"type": "boolean", "default": False},
+        "features": {"type": "boolean", "default": False},
+    }
 
     def object_with(name: str, item: Document, description: str) -> Document:
         images = {"type": "array", "minItems": 1, "items": item, "description": description}
@@ -157,7 +162,7 @@ def predict_body(form_example: Mapping[str, Any], json_example: Mapping[str, Any
             "type": "object",
             "required": [name],
             "additionalProperties": False,
-            "properties": {name: images, "model": model, "top_k": top_k},
+            "properties": {name: images, **options},
         }
 
     binary = {"type": "string", "format": "binary"}
@@ -177,7 +182,7 @@ def predict_body(form_example: Mapping[str, Any], json_example: Mapping[str, Any
     }
     query = [
         {"name": name, "in": "query", "required": False, "schema": schema}
-        for name, schema in (("model", model), ("top_k", top_k))
+        for name, schema in options.items()
     ]
     return {"parameters": query, "requestBody": {"required": True, "content": content}}
 

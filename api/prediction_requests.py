@@ -33,6 +33,8 @@ class PredictionOptions(BaseModel):
     model: str = PRODUCTION
     """An alias, or the id of a job or of a checkpoint."""
     top_k: Annotated[int, Field(ge=1)] = 5
+    explain: bool = False
+    features: bool = False
 
 
 class PredictionForm(PredictionOptions):

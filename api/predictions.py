@@ -6,6 +6,8 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,8 +16,10 @@ from fastapi.concurrency import run_in_threadpool
 
 from api import examples, openapi
 from api.dependencies import Services, ServicesDep, is_id
-from api.prediction_requests import PredictionRequest, read_request
+from api.prediction_requests import PredictionOptions, PredictionRequest, read_request
 from api.serving.cache import ModelKey
+from api.serving.explanations import encoded, overlay
+from api.serving.images import Square
 from api.serving.inference import Answer
 from shared import repository
 from shared.database import Database
@@ -68,7 +72,8 @@ async def predict(request: Request, services: ServicesDep) -> schemas.Prediction
     """Takes a form with one or many `image` files, JSON with `images` in Base64, or one image as
     the body; with it the `model` (a checkpoint's id, a job's for its best checkpoint, or an alias:
     `production` by default) and `top_k`, how many classes to name. Also works while the job still
-    trains."""
+    trains. `explain` adds a picture of where each answer comes from, `features` what the network
+    sees in each image: the means of its last feature map."""
     async with read_request(request) as asked:
         with services.inference.place():
             return await _predict(asked, services)
@@ -81,22 +86,53 @@ async def _predict(asked: PredictionRequest, services: Services) -> schemas.Pred
     images = await services.decoder.decode(asked.files, model.key.image_size)
     decoded = time.monotonic()
     try:
-        answer = await asyncio.wrap_future(services.inference.submit(model.key, images))
+        answer = await _answer(services, model, images, asked.options)
     except CheckpointCorrupt:
         # A running job drops a checkpoint when a better one appears: perhaps just now.
         newer = await run_in_threadpool(find_model, services.database, reference)
         if newer == model:
             raise
         model = newer
-        answer = await asyncio.wrap_future(services.inference.submit(model.key, images))
+        answer = await _answer(services, model, images, asked.options)
+    predictions = [
+        _prediction(name, row, answer.classes, asked.options.top_k)
+        for name, row in zip(asked.names, answer.probabilities, strict=True)
+    ]
+    if answer.look is not None:
+        work = partial(_with_look, predictions, images, answer, asked.options)
+        predictions = await services.drawing.run(work)
     return schemas.Predictions(
         model=model.document,
-        predictions=[
-            _prediction(name, row, answer.classes, asked.options.top_k)
-            for name, row in zip(asked.names, answer.probabilities, strict=True)
-        ],
+        predictions=predictions,
         timing_ms=_timing(1000 * (decoded - started), answer),
     )
+
+
+async def _answer(
+    services: Services, model: StoredModel, images: Square, options: PredictionOptions
+) -> Answer:
+    looks = options.explain or options.features
+    return await asyncio.wrap_future(services.inference.submit(model.key, images, looks=looks))
+
+
+def _with_look(
+    predictions: Sequence[schemas.ImagePrediction],
+    images: Square,
+    answer: Answer,
+    options: PredictionOptions,
+) -> list[schemas.ImagePrediction]:
+    """The predictions with what was asked for besides."""
+    look = answer.look
+    assert look is not None, "it was asked for"
+    found = []
+    for place, prediction in enumerate(predictions):
+        more: dict[str, Any] = {}
+        if options.explain:
+            more["explanation"] = encoded(overlay(images[place], look.heat[place]))
+        if options.features:
+            more["features"] = look.features[place].tolist()
+        found.append(prediction.model_copy(update=more))
+    return found
 
 
 def _prediction(

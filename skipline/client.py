@@ -562,16 +562,21 @@ class Skipline:
         *,
         model: str = PRODUCTION,
         top_k: int | None = None,
+        explain: bool = False,
+        features: bool = False,
     ) -> Predictions:
         """Classifies images, given as paths or as the bytes of image files.
 
         `model`: an alias, a checkpoint's id, or a job's for its best checkpoint. Raises `OSError`
-        for a path that cannot be read.
+        for a path that cannot be read. `explain` adds a picture of where each answer comes from,
+        `features` the means of the network's last feature map.
         """
         if isinstance(images, (str, bytes, os.PathLike)):
             images = [images]
         files = [("image", _upload(image, place)) for place, image in enumerate(images)]
         form = {"model": model} | ({} if top_k is None else {"top_k": str(top_k)})
+        form |= {"explain": "true"} if explain else {}
+        form |= {"features": "true"} if features else {}
         return self._ask(Predictions, "POST", "predict", data=form, files=files)
 
     # Models under the names by which they are served.

@@ -511,11 +511,15 @@ class LabelProbability(Document):
 
 
 class ImagePrediction(Document):
-    """The answer for one image; `image` is its file name or its place in the request."""
+    """The answer for one image; `image` is its file name or its place in the request. Where they
+    were asked for: `explanation`, a PNG in Base64 that shows where in the image the answer comes
+    from, and `features`, the means of the network's last feature map."""
 
     image: str
     top: list[LabelProbability]
     confidence: float
+    explanation: str | None = None
+    features: list[float] | None = None
 
 
 class PredictingModel(Document):

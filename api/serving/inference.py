@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,9 @@ from api.serving.cache import ModelCache, ModelKey
 from api.serving.images import Square
 from shared.errors import TooBusy
 
+if TYPE_CHECKING:
+    from shared.vision.predictor import Look
+
 log = structlog.get_logger(__name__)
 
 MAX_BATCH_IMAGES = 64
@@ -30,19 +34,22 @@ MAX_BATCH_IMAGES = 64
 
 @dataclass(frozen=True)
 class Answer:
-    """`probabilities` float32 [B, num_classes]; times in milliseconds."""
+    """`probabilities` float32 [B, num_classes]; times in milliseconds. `look`: where that was
+    asked for."""
 
     probabilities: npt.NDArray[np.float32]
     classes: tuple[str, ...]
     queue_ms: float
     load_ms: float
     forward_ms: float
+    look: Look | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class _Request:
     key: ModelKey
     images: Square
+    looks: bool
     answer: Future[Answer] = field(default_factory=Future)
     queued_at: float = field(default_factory=time.monotonic)
 
@@ -76,9 +83,10 @@ class Inference:
         finally:
             self._num_places_taken -= 1
 
-    def submit(self, key: ModelKey, images: Square) -> Future[Answer]:
-        """Queues images uint8 [B, S, S, 3]. The future raises what `ModelCache.get` raises."""
-        request = _Request(key, images)
+    def submit(self, key: ModelKey, images: Square, *, looks: bool = False) -> Future[Answer]:
+        """Queues images uint8 [B, S, S, 3]; `looks`: to be looked at more closely, which takes
+        twice as long. The future raises what `ModelCache.get` raises."""
+        request = _Request(key, images, looks)
         with self._changed:
             if self._stopped:
                 request.answer.cancel()
@@ -154,6 +162,7 @@ class Inference:
                     queue_ms=1000 * (taken_at - request.queued_at),
                     load_ms=1000 * (loaded_at - taken_at),
                     forward_ms=1000 * (done_at - loaded_at),
+                    look=model.look(request.images) if request.looks else None,
                 )
             )
             first = beyond

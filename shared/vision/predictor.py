@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.nn import functional
 
 from shared.vision.bundle import Bundle, Weights, restore_model
 from shared.vision.preprocessing import Normalizer
+
+
+@dataclass(frozen=True)
+class Look:
+    """`heat`: float32 [B, S, S] in [0, 1], where the answer comes from; all 0 where nothing speaks
+    for it. `features`: float32 [B, K], the last feature map's means."""
+
+    heat: npt.NDArray[np.float32]
+    features: npt.NDArray[np.float32]
 
 
 class Predictor:
@@ -32,3 +44,24 @@ class Predictor:
             logits: torch.Tensor = self._model(self._normalize(batch))
             probabilities: npt.NDArray[np.float32] = logits.softmax(dim=1).cpu().numpy()
         return probabilities
+
+    def look(self, images: npt.NDArray[np.uint8]) -> Look:
+        """What in these images, uint8 [B, S, S, 3], makes the network answer as it does, and what
+        it sees in them.
+
+        Grad-CAM (Selvaraju et al., 2017): the last feature map's channels, weighted by how much
+        each one raises the answer, and of their sum what is positive.
+        """
+        with torch.no_grad():
+            batch = torch.from_numpy(images).to(self._device)
+            maps = self._model.feature_map(self._normalize(batch))
+        maps = maps.detach().requires_grad_()
+        with torch.enable_grad():
+            best = self._model.classify(maps).amax(dim=1)
+            (slopes,) = torch.autograd.grad(best.sum(), maps)
+        with torch.no_grad():
+            heat = (slopes.mean(dim=(2, 3), keepdim=True) * maps).sum(dim=1, keepdim=True).relu()
+            heat = heat / heat.amax(dim=(2, 3), keepdim=True).clamp(min=1e-12)
+            heat = functional.interpolate(heat, images.shape[1:3], mode="bilinear")[:, 0]
+            features = maps.mean(dim=(2, 3))
+        return Look(heat.cpu().numpy(), features.detach().cpu().numpy())

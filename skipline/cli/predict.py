@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from pathlib import Path
 from typing import Annotated
 
@@ -24,15 +25,32 @@ def predict(
         str, typer.Option("--model", "-m", help="An alias, or a job's or a checkpoint's id.")
     ] = PRODUCTION,
     top_k: Annotated[int, typer.Option("--top-k", "-k", min=1, help="Classes to show.")] = 3,
+    explain: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write a picture here, as PNG, of where the answer comes from; of several images, "
+            "one each, with its number before the suffix."
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Classify images with a trained model."""
     with Skipline() as client:
-        predictions = client.predict(images, model=model, top_k=top_k)
+        wants = explain is not None
+        predictions = client.predict(images, model=model, top_k=top_k, explain=wants)
+    if explain is not None:
+        _write_explanations(predictions, explain)
     if as_json:
         print_json(predictions)
     else:
         stdout().print(render_predictions(predictions))
+
+
+def _write_explanations(predictions: Predictions, path: Path) -> None:
+    for place, prediction in enumerate(predictions.predictions, start=1):
+        is_only = len(predictions.predictions) == 1
+        own = path if is_only else path.with_name(f"{path.stem}-{place}{path.suffix}")
+        own.write_bytes(base64.b64decode(prediction.explanation or ""))
 
 
 def render_predictions(predictions: Predictions) -> RenderableType:

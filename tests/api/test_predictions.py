@@ -112,7 +112,8 @@ def test_a_model_that_is_not_there_or_has_no_checkpoint(
         ({"model": "x", "top_k": "-1"}, "top_k"),
         ({"model": "x", "top_k": "two"}, "top_k"),
         ({"model": "x", "top_k": "1" * 5000}, "top_k"),
-        ({"model": "x", "explain": "true"}, "explain"),
+        ({"model": "x", "explain": "perhaps"}, "explain"),
+        ({"model": "x", "explains": "true"}, "explains"),
     ],
 )
 def test_a_form_that_makes_no_sense_is_refused_with_its_key(
@@ -293,7 +294,7 @@ def test_a_form_a_document_and_a_bare_image_get_one_answer(
         ({"images": []}, "images"),
         ({"images": "x"}, "images"),
         ({"images": ["x"], "top_k": 0}, "top_k"),
-        ({"images": ["x"], "explain": True}, "explain"),
+        ({"images": ["x"], "explain": "perhaps"}, "explain"),
         ({"images": ["aGVsbG8=", "not base64"]}, "images[1]"),
         ({"images": ["aGVsbG8="] * 65}, "images"),
         ([], ""),
@@ -319,3 +320,19 @@ def test_what_is_no_body_of_images_is_refused(
     assert_problem(post(model + "&top_k=0", b"x", "image/png"), 422, "invalid_input")
     assert_problem(post(model + "&topk=1", b"x", "image/png"), 422, "invalid_input")
     assert_problem(post(model, b"{", "application/json"), 400, "malformed_json")
+
+
+def test_an_explanation_is_a_picture_and_features_are_numbers(
+    api: Any, trained: Any, png: Any
+) -> None:
+    job_id, _ = trained
+    plain = without_times(api.predict([png(), png()], model=job_id))
+    assert [p["explanation"] for p in plain["predictions"]] == [None, None]
+    asked = {"model": job_id, "explain": "true", "features": "true"}
+    told = without_times(api.predict([png(), png()], **asked))
+    for prediction, before in zip(told["predictions"], plain["predictions"], strict=True):
+        assert prediction["top"] == before["top"]
+        picture = Image.open(BytesIO(base64.b64decode(prediction["explanation"])))
+        assert (picture.format, picture.size) == ("PNG", (224, 224))
+        assert len(prediction["features"]) == 512
+        assert all(value >= 0 for value in prediction["features"])  # behind a ReLU

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import base64
 import csv
 import json
 from collections.abc import Sequence
@@ -649,3 +650,31 @@ def test_predictions_are_listed_from_the_likeliest(server: Server, tmp_path: Pat
     assert lines[0] == "photo.png"
     assert lines[1].split() == ["cat", "75.0", "%", "█" * 18]
     assert lines[2].split() == ["dog", "25.0", "%", "█" * 6]
+
+
+def test_explanations_are_written_one_for_each_image(server: Server, tmp_path: Path) -> None:
+    model = {"checkpoint_id": "c", "job_id": "j", "arch": "resnet18", "epoch": 1, "step": 1}
+    top = [{"label": "cat", "index": 0, "probability": 0.75}]
+
+    def predictions(*texts: bytes) -> dict[str, Any]:
+        found = [
+            {
+                **{"image": f"{place}.png", "top": top, "confidence": 0.75},
+                "explanation": base64.b64encode(text).decode(),
+            }
+            for place, text in enumerate(texts)
+        ]
+        return {"model": model, "predictions": found, "timing_ms": {}}
+
+    photos = [str(tmp_path / name) for name in ("a.png", "b.png")]
+    for photo in photos:
+        Path(photo).write_bytes(b"image")
+    why = tmp_path / "why.png"
+    server.on("POST /predict", answer_json(predictions(b"one")))
+    assert run("predict", photos[0], "--explain", str(why)).exit_code == 0
+    assert why.read_bytes() == b"one"
+    assert b'name="explain"' in server.asked[0].body
+    server.on("POST /predict", answer_json(predictions(b"one", b"two")))
+    assert run("predict", *photos, "--explain", str(why)).exit_code == 0
+    assert (tmp_path / "why-1.png").read_bytes() == b"one"
+    assert (tmp_path / "why-2.png").read_bytes() == b"two"
