@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import BigInteger, Dialect, create_engine, event
-from sqlalchemy.engine import Connection, Engine, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, DisconnectionError
+from sqlalchemy.engine import Connection, Engine, ExceptionContext, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, DisconnectionError, OperationalError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import ConnectionPoolEntry
@@ -37,6 +37,12 @@ _PATIENCE = {
 }
 """For PostgreSQL: a server that was cut off is noticed within 20 s, not after the system's
 quarter of an hour. In seconds, the last one in milliseconds."""
+IDLE_TRANSACTION_SECONDS = 15
+"""After which PostgreSQL ends a session that has begun a transaction and says nothing more: a
+process that sleeps in the middle of one, or a host that froze, must not keep a job's row locked
+from those who would take the job over."""
+IDLE_TOO_LONG = "25P03"
+"""PostgreSQL's word for that."""
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -137,6 +143,22 @@ def _postgresql_engine(url: str) -> Engine:
     """An engine that asks a connection whether it still lives before it is used again, as
     SQLAlchemy's `pool_pre_ping` does, but not at every turn of a busy one."""
     engine = create_engine(url, pool_size=8, connect_args=_PATIENCE)
+
+    @event.listens_for(engine, "connect")
+    def _bound_transactions(connection: Any, record: ConnectionPoolEntry) -> None:
+        milliseconds = round(1000 * IDLE_TRANSACTION_SECONDS)
+        connection.execute(f"SET idle_in_transaction_session_timeout = {milliseconds}").close()
+        connection.commit()
+
+    @event.listens_for(engine, "handle_error")
+    def _was_put_out(context: ExceptionContext) -> OperationalError | None:
+        """As when the server is away: what was begun is begun again."""
+        if getattr(context.original_exception, "sqlstate", None) != IDLE_TOO_LONG:
+            return None
+        context.is_disconnect = True
+        return OperationalError(
+            context.statement, None, context.original_exception, connection_invalidated=True
+        )
 
     @event.listens_for(engine, "checkin")
     def _note_use(connection: Any, record: ConnectionPoolEntry) -> None:

@@ -160,7 +160,7 @@ def test_a_worker_that_slept_past_its_lease_is_replaced_and_writes_no_more(
             stderr=subprocess.DEVNULL,
         )
         try:
-            wait_for(lambda: client.job(job.id).attempt == 2, "second attempt", seconds=40)
+            wait_for(lambda: client.job(job.id).attempt == 2, "second attempt", seconds=90)
             for pid in (trainer, worker):
                 os.kill(pid, signal.SIGCONT)
             assert_whole(client, job, attempt=2)

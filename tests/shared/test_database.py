@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import func, select
+from sqlalchemy.exc import OperationalError
 
+from shared import database as database_module
+from shared import schema
 from shared.database import Database, db_now
 from shared.errors import SetupError
 from shared.tables import Job
@@ -89,3 +92,24 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(SetupError, match="SKIPLINE_HOME"):
         Database(f"sqlite:///{tmp_path}/file/skipline.sqlite3")
+
+
+def test_a_process_that_falls_asleep_in_a_transaction_keeps_nobody_waiting(
+    postgres_schema_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database_module, "IDLE_TRANSACTION_SECONDS", 0.5)
+    opened = Database(postgres_schema_url.replace("postgresql://", "postgresql+psycopg://"))
+    schema.migrate(opened)
+    with opened.session_scope() as session:
+        session.add(job("a"))
+    lock = select(Job.id).with_for_update()
+    with pytest.raises(OperationalError), opened.session_scope() as asleep:
+        assert asleep.scalar(lock) == "a"
+        began = time.monotonic()
+        with opened.session_scope() as session:
+            assert session.scalar(lock) == "a"
+        assert time.monotonic() - began < 10
+        asleep.scalar(lock)  # It finds that it was put out.
+    with opened.read_scope() as session:
+        assert session.scalar(select(Job.id)) == "a"
+    opened.dispose()
