@@ -541,6 +541,12 @@ PROBLEMS: dict[int, Document] = {
             "The database does not answer",
         ),
         _problem(
+            504,
+            "prediction_timeout",
+            "The prediction took too long",
+            "There was no answer within 30 s: try again when less is asked for",
+        ),
+        _problem(
             507,
             "disk_full",
             "The server's disk is full",

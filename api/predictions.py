@@ -21,6 +21,7 @@ from api.serving.cache import ModelKey
 from api.serving.explanations import encoded, overlay
 from api.serving.images import Square
 from api.serving.inference import Answer
+from api.waiting import while_waited_for
 from shared import repository
 from shared.database import Database
 from shared.errors import CheckpointCorrupt, ModelNotFound
@@ -65,7 +66,9 @@ def find_model(database: Database, reference: str) -> StoredModel:
     "/predict",
     summary="Classify images",
     response_model=schemas.Predictions,
-    responses=openapi.responses(examples.PREDICTIONS, problems=(400, 404, 409, 413, 415, 422, 429)),
+    responses=openapi.responses(
+        examples.PREDICTIONS, problems=(400, 404, 409, 413, 415, 422, 429, 504)
+    ),
     openapi_extra=openapi.predict_body(examples.PREDICT_FORM, examples.PREDICT_DOCUMENT),
 )
 async def predict(request: Request, services: ServicesDep) -> schemas.Predictions:
@@ -76,7 +79,8 @@ async def predict(request: Request, services: ServicesDep) -> schemas.Prediction
     sees in each image: the means of its last feature map."""
     async with read_request(request) as asked:
         with services.inference.place():
-            return await _predict(asked, services)
+            patience = services.settings.predict_timeout_seconds
+            return await while_waited_for(request, _predict(asked, services), patience)
 
 
 async def _predict(asked: PredictionRequest, services: Services) -> schemas.Predictions:

@@ -247,6 +247,14 @@ class TooBusy(AppError):
     title = "Too much is waiting"
 
 
+class PredictionTimeout(AppError):
+    """The answer would have come too late."""
+
+    status = 504
+    code = "prediction_timeout"
+    title = "The prediction took too long"
+
+
 class TooManyStreams(TooBusy):
     code = "too_many_streams"
 

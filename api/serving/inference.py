@@ -115,7 +115,8 @@ class Inference:
                 self._serve(requests)
             except Exception as error:
                 for request in requests:
-                    request.answer.set_exception(error)
+                    if not request.answer.done():
+                        request.answer.set_exception(error)
 
     def _take(self) -> list[_Request]:
         """The next requests for one model, with `MAX_BATCH_IMAGES` images at most unless the

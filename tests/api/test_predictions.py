@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import math
 import shutil
+import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -336,3 +337,73 @@ def test_an_explanation_is_a_picture_and_features_are_numbers(
         assert (picture.format, picture.size) == ("PNG", (224, 224))
         assert len(prediction["features"]) == 512
         assert all(value >= 0 for value in prediction["features"])  # behind a ReLU
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Forwards that wait for `released`; `batches` are their sizes, from when they begin."""
+    from shared.vision.predictor import Predictor
+
+    class Held:
+        released = threading.Event()
+        batches: list[int] = []  # noqa: RUF012 - one of these per test
+
+    predict = Predictor.predict
+
+    def wait(self: Any, images: Any) -> Any:
+        Held.batches.append(len(images))
+        assert Held.released.wait(20)
+        return predict(self, images)
+
+    monkeypatch.setattr(Predictor, "predict", wait)
+    yield Held
+    Held.released.set()
+
+
+def test_a_prediction_that_takes_too_long_is_given_up(
+    settings: Any,
+    start_server: Any,
+    trained: Any,
+    png: Any,
+    held: Any,
+    wait_for: Callable[..., Any],
+    assert_problem: Callable[..., Any],
+) -> None:
+    api = start_server(settings.model_copy(update={"predict_timeout_seconds": 0.5}))
+    inference = api.server._app.state.services.inference
+    assert_problem(api.predict([png()], model=trained[0]), 504, "prediction_timeout")
+    wait_for(lambda: held.batches == [1], "forward of the one that was given up")
+    assert_problem(api.predict([png()] * 3, model=trained[0]), 504, "prediction_timeout")
+    assert inference._num_places_taken == 0
+    held.released.set()
+    wait_for(lambda: not inference._waiting, "empty queue")
+    assert api.predict([png()] * 2, model=trained[0]).status_code == 200
+    assert held.batches == [1, 2], "what nobody waits for is not computed"
+
+
+def test_whoever_leaves_is_dropped_before_the_forward(
+    api: Any, trained: Any, png: Any, held: Any, wait_for: Callable[..., Any]
+) -> None:
+    inference = api.server._app.state.services.inference
+    with ThreadPoolExecutor(1) as clients:
+        first = clients.submit(api.predict, [png()], model=trained[0])
+        wait_for(lambda: held.batches == [1], "forward")
+        boundary, image = "x", png()
+        head = f'--{boundary}\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
+        model = (
+            f'\r\n--{boundary}\r\nContent-Disposition: form-data; name="model"\r\n\r\n{trained[0]}'
+        )
+        body = head.encode() + image + model.encode() + f"\r\n--{boundary}--\r\n".encode()
+        with socket.create_connection((api.base_url.host, api.base_url.port)) as client:
+            client.sendall(
+                b"POST /predict HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+                b"Content-Type: multipart/form-data; boundary=x\r\n"
+                + f"Content-Length: {len(body)}\r\n\r\n".encode()
+                + body
+            )
+            wait_for(lambda: len(inference._waiting) == 1, "second prediction")
+        wait_for(lambda: inference._num_places_taken == 1, "place of the one that left")
+        held.released.set()
+        assert first.result().status_code == 200
+    assert api.predict([png()] * 2, model=trained[0]).status_code == 200
+    assert held.batches == [1, 2]

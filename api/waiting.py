@@ -1,0 +1,46 @@
+"""Work that is done for a client as long as it is there to have it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from fastapi import Request
+from starlette.requests import ClientDisconnect
+
+from shared.errors import PredictionTimeout
+
+T = TypeVar("T")
+
+
+async def while_waited_for(request: Request, work: Coroutine[Any, Any, T], max_seconds: float) -> T:
+    """What `work` comes to. It is cancelled when nobody waits for it any more. The request's body
+    must have been read.
+
+    Raises:
+        ClientDisconnect: the client has left.
+        PredictionTimeout: after `max_seconds`.
+    """
+    task = asyncio.create_task(work)
+    departure = asyncio.create_task(_departure(request))
+    try:
+        done, _ = await asyncio.wait(
+            {task, departure}, timeout=max_seconds, return_when=asyncio.FIRST_COMPLETED
+        )
+        if task in done:
+            return task.result()
+        if departure in done:
+            raise ClientDisconnect
+        raise PredictionTimeout(
+            f"There was no answer within {max_seconds:g} s: try again when less is asked for, or "
+            "raise SKIPLINE_PREDICT_TIMEOUT_SECONDS"
+        )
+    finally:
+        task.cancel()
+        departure.cancel()
+
+
+async def _departure(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
