@@ -272,6 +272,7 @@ REPORT: Document = {
         "ece": 0.1,
         "temperature": 1.24,
         "calibrated_ece": 0.06,
+        "reject_below": 0.41,
         "bins": [
             {
                 "lower": 0.8667,
@@ -403,6 +404,8 @@ PREDICTIONS: Document = {
         "arch": "resnet18",
         "epoch": 2,
         "step": 22,
+        "temperature": 1.24,
+        "reject_below": 0.41,
     },
     "predictions": [
         {
@@ -412,6 +415,7 @@ PREDICTIONS: Document = {
                 {"label": "1", "index": 1, "probability": 0.02},
             ],
             "confidence": 0.97,
+            "unknown": False,
             "explanation": None,
             "features": None,
         }

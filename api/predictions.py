@@ -46,6 +46,7 @@ def find_model(database: Database, reference: str) -> StoredModel:
     with database.read_scope() as session:
         checkpoint = repository.find_model(session, reference)
         spec = load_spec(repository.get_job(session, checkpoint.job_id).spec)
+        temperature, reject_below = repository.calibration_of(session, checkpoint)
     assert isinstance(spec, TrainSpec)
     assert spec.image_size is not None, "stored specs are resolved"
     return StoredModel(
@@ -56,6 +57,8 @@ def find_model(database: Database, reference: str) -> StoredModel:
             arch=spec.model.arch,
             epoch=checkpoint.epoch,
             step=checkpoint.step,
+            temperature=temperature,
+            reject_below=reject_below,
         ),
     )
 
@@ -98,9 +101,11 @@ async def _predict(asked: PredictionRequest, services: Services) -> schemas.Pred
             raise
         model = newer
         answer = await _answer(services, model, images, asked.options)
+    probabilities = calibrated(answer.probabilities, model.document.temperature)
+    reject_below = model.document.reject_below
     predictions = [
-        _prediction(name, row, answer.classes, asked.options.top_k)
-        for name, row in zip(asked.names, answer.probabilities, strict=True)
+        _prediction(name, row, answer.classes, asked.options.top_k, reject_below)
+        for name, row in zip(asked.names, probabilities, strict=True)
     ]
     if answer.look is not None:
         work = partial(_with_look, predictions, images, answer, asked.options)
@@ -139,8 +144,24 @@ def _with_look(
     return found
 
 
+def calibrated(
+    probabilities: npt.NDArray[np.float32], temperature: float | None
+) -> npt.NDArray[np.float32]:
+    """The softmax of logits divided by `temperature`, made of the softmax [B, C] of the logits."""
+    if temperature is None:
+        return probabilities
+    # A power of the ratio to the largest, which is 1: never 0 / 0, however high the power.
+    powers = (probabilities / probabilities.max(axis=1, keepdims=True)) ** (1 / temperature)
+    shares: npt.NDArray[np.float32] = powers / powers.sum(axis=1, keepdims=True)
+    return shares
+
+
 def _prediction(
-    name: str, probabilities: npt.NDArray[np.float32], classes: Sequence[str], top_k: int
+    name: str,
+    probabilities: npt.NDArray[np.float32],
+    classes: Sequence[str],
+    top_k: int,
+    reject_below: float | None,
 ) -> schemas.ImagePrediction:
     """`probabilities` float32 [num_classes]; equal ones are named in the order of the classes."""
     order = np.argsort(-probabilities, kind="stable")[:top_k]
@@ -150,7 +171,9 @@ def _prediction(
         )
         for index in order
     ]
-    return schemas.ImagePrediction(image=name, top=top, confidence=top[0].probability)
+    confidence = top[0].probability
+    unknown = reject_below is not None and confidence < reject_below
+    return schemas.ImagePrediction(image=name, top=top, confidence=confidence, unknown=unknown)
 
 
 def _timing(decode_ms: float, answer: Answer) -> dict[str, float]:

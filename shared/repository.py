@@ -1056,6 +1056,20 @@ def get_report(session: Session, job_id: str) -> schemas.Report:
     return schemas.Report.model_validate(report.document)
 
 
+def calibration_of(session: Session, checkpoint: Checkpoint) -> tuple[float | None, float | None]:
+    """`temperature` and `reject_below` of the report that the checkpoint's training ended with, as
+    far as it is on this very checkpoint. Read without the rest of the document, which may be
+    large."""
+    measured = Report.document["calibration"]
+    row = session.execute(
+        select(measured["temperature"].as_float(), measured["reject_below"].as_float()).where(
+            Report.job_id == checkpoint.job_id,
+            Report.document["checkpoint_id"].as_string() == checkpoint.id,
+        )
+    ).first()
+    return (None, None) if row is None else (row[0], row[1])
+
+
 # ------------------------------------------------------------------------ summaries and pictures
 
 

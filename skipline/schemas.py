@@ -308,11 +308,14 @@ class ReliabilityBin(Document):
 
 class Calibration(Document):
     """How far probabilities can be believed. `ece`: the expected calibration error;
-    `calibrated_ece`: with logits divided by `temperature`, which was fitted to the same images."""
+    `calibrated_ece`: with logits divided by `temperature`, which was fitted to the same images.
+    `reject_below`: the probability, at that temperature, which 95 % of the right answers reach;
+    null without a right answer, and in reports of older versions."""
 
     ece: float
     temperature: float
     calibrated_ece: float
+    reject_below: float | None = None
     bins: list[ReliabilityBin]
 
 
@@ -511,25 +514,31 @@ class LabelProbability(Document):
 
 
 class ImagePrediction(Document):
-    """The answer for one image; `image` is its file name or its place in the request. Where they
-    were asked for: `explanation`, a PNG in Base64 that shows where in the image the answer comes
-    from, and `features`, the means of the network's last feature map."""
+    """The answer for one image; `image` is its file name or its place in the request. `unknown`:
+    the confidence is below the model's `reject_below`. Where they were asked for: `explanation`, a
+    PNG in Base64 that shows where in the image the answer comes from, and `features`, the means of
+    the network's last feature map."""
 
     image: str
     top: list[LabelProbability]
     confidence: float
+    unknown: bool = False
     explanation: str | None = None
     features: list[float] | None = None
 
 
 class PredictingModel(Document):
-    """The checkpoint that answered."""
+    """The checkpoint that answered. `temperature` and `reject_below` are those of its training's
+    report, by which probabilities are calibrated and answers are unknown; null while there is none,
+    and for another checkpoint than the one reported on."""
 
     checkpoint_id: str
     job_id: str
     arch: str
     epoch: int
     step: int
+    temperature: float | None = None
+    reject_below: float | None = None
 
 
 class Predictions(Document):

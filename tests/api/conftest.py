@@ -227,9 +227,11 @@ class Attempt:
         with self.worker.database.session_scope() as session:
             repository.add_event(session, self.fence, level, type_, message, data)
 
-    def finish(self, status: JobStatus = JobStatus.succeeded) -> None:
+    def finish(self, status: JobStatus = JobStatus.succeeded, report: Report | None = None) -> None:
         error = {"code": "nan_loss", "message": "The loss is NaN", "hint": "Lower the lr"}
         with self.worker.database.session_scope() as session:
+            if report is not None:
+                repository.add_report(session, self.fence.job_id, report)
             lifecycle.finish(
                 session,
                 self.fence,

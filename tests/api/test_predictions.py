@@ -12,8 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
+
+from api import examples
+from api.predictions import calibrated
+from skipline import schemas
 
 BIAS = [0.0] * 7 + [math.log(8.0), math.log(2.0), 0.0]
 """Of ten classes 7 is eight times, and 8 twice as likely as any other: 8/18, 2/18, and 1/18."""
@@ -50,6 +55,8 @@ def test_a_running_jobs_checkpoint_answers(api: Any, trained: Any, png: Any) -> 
         "arch": "resnet18",
         "epoch": 1,
         "step": 10,
+        "temperature": None,
+        "reject_below": None,
     }
     [prediction] = document["predictions"]
     assert prediction["image"] == "0.png"
@@ -407,3 +414,52 @@ def test_whoever_leaves_is_dropped_before_the_forward(
         assert first.result().status_code == 200
     assert api.predict([png()] * 2, model=trained[0]).status_code == 200
     assert held.batches == [1, 2]
+
+
+def test_probabilities_are_calibrated_by_the_report_on_the_checkpoint(
+    api: Any, trained: Any, png: Any
+) -> None:
+    job_id, attempt = trained
+    ids = checkpoint_ids(api, job_id)
+    calibration = {"ece": 0.1, "temperature": 0.5, "calibrated_ece": 0.0, "bins": []}
+    report = examples.REPORT | {
+        "checkpoint_id": ids["best", 10],
+        "calibration": calibration | {"reject_below": 0.8},
+    }
+    attempt.finish(report=schemas.Report.model_validate(report))
+    answer = api.predict([png()], model=job_id, top_k=3).json()
+    assert answer["model"]["temperature"] == 0.5
+    assert answer["model"]["reject_below"] == 0.8
+    # Twice the logits: 8^2, 2^2 and eight times 1, of 76.
+    [prediction] = answer["predictions"]
+    found = [top["probability"] for top in prediction["top"]]
+    assert found == pytest.approx([64 / 76, 4 / 76, 1 / 76], abs=1e-6)
+    assert prediction["confidence"] == found[0]
+    assert prediction["unknown"] is False  # 0.84
+    [other] = api.predict([png()], model=ids["last", 10]).json()["predictions"]
+    assert other["confidence"] == pytest.approx(8 / 18, abs=1e-6), "nobody has measured that one"
+    assert other["unknown"] is False
+
+
+def test_an_answer_below_the_threshold_is_unknown(api: Any, trained: Any, png: Any) -> None:
+    job_id, attempt = trained
+    calibration = {"ece": 0.1, "temperature": 1.0, "calibrated_ece": 0.0, "bins": []}
+    report = examples.REPORT | {
+        "checkpoint_id": checkpoint_ids(api, job_id)["best", 10],
+        "calibration": calibration | {"reject_below": 0.5},
+    }
+    attempt.finish(report=schemas.Report.model_validate(report))
+    [prediction] = api.predict([png()], model=job_id).json()["predictions"]
+    assert prediction["confidence"] == pytest.approx(8 / 18, abs=1e-6)
+    assert prediction["unknown"] is True
+
+
+def test_calibrating_is_dividing_the_logits_even_of_extreme_answers() -> None:
+    shares = np.array([[1.0, 1e-30, 0.0], [0.5, 0.25, 0.25]], np.float32)
+    np.testing.assert_allclose(
+        calibrated(shares, 2.0),
+        [[1, 1e-15, 0], np.sqrt([0.5, 0.25, 0.25]) / np.sqrt([0.5, 0.25, 0.25]).sum()],
+        rtol=1e-5,
+    )
+    np.testing.assert_allclose(calibrated(shares, 0.05)[0], [1, 0, 0])
+    assert calibrated(shares, None) is shares

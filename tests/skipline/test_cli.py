@@ -644,12 +644,16 @@ def test_predictions_are_listed_from_the_likeliest(server: Server, tmp_path: Pat
         {"label": "dog", "index": 1, "probability": 0.25},
     ]
     model = {"checkpoint_id": "c", "job_id": "j", "arch": "resnet18", "epoch": 1, "step": 1}
-    found = [{"image": "photo.png", "top": top, "confidence": 0.75}]
+    found: list[dict[str, Any]] = [{"image": "photo.png", "top": top, "confidence": 0.75}]
     server.on("POST /predict", answer_json({"model": model, "predictions": found, "timing_ms": {}}))
     lines = run("predict", str(photo), "--model", "j").output.splitlines()
     assert lines[0] == "photo.png"
     assert lines[1].split() == ["cat", "75.0", "%", "█" * 18]
     assert lines[2].split() == ["dog", "25.0", "%", "█" * 6]
+    found[0]["unknown"] = True
+    server.on("POST /predict", answer_json({"model": model, "predictions": found, "timing_ms": {}}))
+    lines = run("predict", str(photo), "--model", "j").output.splitlines()
+    assert lines[0] == "photo.png  unknown: surer answers than this are usual"
 
 
 def test_explanations_are_written_one_for_each_image(server: Server, tmp_path: Path) -> None:

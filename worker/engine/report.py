@@ -31,6 +31,8 @@ Z_95 = 1.959963984540054
 MAX_SHARPNESS = 20.0
 """Bounds of 1 / temperature, and of temperature: a network that is never wrong has none."""
 SHARPNESS_STEPS = 50
+REJECTED_ONE_IN = 20
+"""Right answers that may fall below the threshold for unknown images."""
 ROWS_AT_ONCE = 4096
 
 Int64 = npt.NDArray[np.int64]
@@ -116,6 +118,8 @@ def calibration_of(evaluation: Evaluation) -> Calibration:
     `ece`: the expected calibration error, the mean over all images of the gap between confidence
     and accuracy of the image's bin. `temperature`: what to divide the logits by to make these
     images likeliest (Guo et al., 2017), within [0.05, 20]; the answers stay the same.
+    `reject_below`: an answer of less probability is no answer, as Hendrycks & Gimpel, "A Baseline
+    for Detecting Misclassified and Out-of-Distribution Examples" (2017), have it.
     """
     right = evaluation.predicted == evaluation.labels
     bins = _reliability(evaluation.confidences, right)
@@ -131,6 +135,7 @@ def calibration_of(evaluation: Evaluation) -> Calibration:
         ece=_expected_error(bins),
         temperature=temperature,
         calibrated_ece=_expected_error(_reliability(scaled, right)),
+        reject_below=_threshold(scaled[right]),
         bins=bins,
     )
 
@@ -153,6 +158,12 @@ def _reliability(
         )
         for place in np.flatnonzero(counts)
     ]
+
+
+def _threshold(of_right_answers: npt.NDArray[np.float64]) -> float | None:
+    """The largest of these confidences that all but one in `REJECTED_ONE_IN` reach."""
+    count = len(of_right_answers)
+    return float(np.sort(of_right_answers)[count // REJECTED_ONE_IN]) if count else None
 
 
 def _expected_error(bins: Sequence[ReliabilityBin]) -> float:

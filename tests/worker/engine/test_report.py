@@ -114,6 +114,18 @@ def test_the_temperature_makes_a_network_as_sure_as_it_is_right() -> None:
     assert fit_temperature(np.array(logits, np.float32), labels) == pytest.approx(2 / math.log(3))
     calibration = calibration_of(judged([0, 0, 1, 0], [0, 0, 1, 1], logits=logits))
     assert calibration.calibrated_ece == pytest.approx(0, abs=1e-6)
+    assert calibration.reject_below == pytest.approx(3 / 4)
+
+
+def test_19_of_20_right_answers_reach_the_threshold_for_unknown_images() -> None:
+    # Of 41 answers of two logits, 0 and 1 to 41, the last is wrong. Two in 40 may fall below.
+    logits = [[float(size), 0.0] for size in range(1, 42)]
+    labels = [0] * 40 + [1]
+    calibration = calibration_of(judged(labels, [0] * 41, logits=logits))
+    third = 1 / (1 + math.exp(-3 / calibration.temperature))
+    assert calibration.reject_below == pytest.approx(third)
+    never_right = calibration_of(judged([1, 1], [0, 0], logits=[[1.0, 0.0]] * 2))
+    assert never_right.reject_below is None
 
 
 def test_a_network_that_is_never_or_always_wrong_has_a_finite_temperature() -> None:
