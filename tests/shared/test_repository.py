@@ -9,6 +9,7 @@ import pytest
 from sqlalchemy import func, select, update
 from sqlalchemy.exc import IntegrityError
 
+from api import examples
 from shared import datasets, lifecycle, repository
 from shared.database import Database, db_now
 from shared.errors import (
@@ -171,6 +172,31 @@ def test_a_job_stands_for_its_best_checkpoint_else_its_last(database: Database) 
         best = repository.find_model(session, fence.job_id)
         assert (best.kind, best.step) == ("best", 2)
         assert repository.find_model(session, best.id).id == best.id
+
+
+def test_a_checkpoint_is_calibrated_by_the_report_on_itself_alone(database: Database) -> None:
+    fence = running(database)
+    register(database, fence, 1, "best", "last")
+    with database.session_scope() as session:
+        best = repository.find_model(session, fence.job_id)
+        assert repository.calibration_of(session, best) == (None, None)
+        measured = {"ece": 0.1, "temperature": 1.5, "calibrated_ece": 0.0, "bins": []}
+        report = examples.REPORT | {"checkpoint_id": best.id, "calibration": measured}
+        repository.add_report(session, fence.job_id, schemas.Report.model_validate(report))
+    with database.read_scope() as session:
+        both = {row.kind: row for row in repository.list_checkpoints(session, fence.job_id)}
+        assert repository.calibration_of(session, both["best"]) == (1.5, None)
+        assert repository.calibration_of(session, both["last"]) == (None, None)
+
+
+def test_a_report_of_an_older_version_calibrates_nothing(database: Database) -> None:
+    fence = running(database)
+    register(database, fence, 1, "best")
+    with database.session_scope() as session:
+        best = repository.find_model(session, fence.job_id)
+        report = examples.REPORT | {"checkpoint_id": best.id, "calibration": None}
+        repository.add_report(session, fence.job_id, schemas.Report.model_validate(report))
+        assert repository.calibration_of(session, best) == (None, None)
 
 
 def test_only_files_that_no_row_names_may_go(database: Database) -> None:
