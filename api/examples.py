@@ -210,6 +210,19 @@ MODEL: Document = {
     "moved_at": _TIME,
 }
 MODELS: Document = {"items": [MODEL], "next": None}
+LOADED_MODELS: Document = {
+    "items": [
+        {
+            "checkpoint_id": _CHECKPOINT_ID,
+            "arch": "resnet18",
+            "num_bytes": 44696632,
+            "loaded_at": _TIME,
+            "used_at": _TIME,
+        }
+    ],
+    "num_bytes": 44696632,
+    "max_bytes": 2147483648,
+}
 ALIAS_CHANGES: Document = {
     "move it": {"checkpoint_id": _CHECKPOINT_ID},
     "say what of it": {"notes": "Takes photos from outdoors too", "tags": ["outdoors"]},

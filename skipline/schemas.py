@@ -244,6 +244,24 @@ class Model(Document):
     moved_at: Time
 
 
+class LoadedModel(Document):
+    """A checkpoint in the memory of the process that answered. `num_bytes`: of its weights."""
+
+    checkpoint_id: str
+    arch: str
+    num_bytes: int
+    loaded_at: Time
+    used_at: Time
+
+
+class LoadedModels(Document):
+    """The one that was used last comes first. `max_bytes` is what they may take together."""
+
+    items: list[LoadedModel]
+    num_bytes: int
+    max_bytes: int
+
+
 class AliasMove(Document):
     """A line of an alias's history; without a checkpoint, the alias was deleted. `submitter` is a
     digest of the key that did it, empty where the server asks for none."""

@@ -519,8 +519,12 @@ class EvaluateSpec(Spec):
     resources: ResourcesSpec = ResourcesSpec()
 
 
+LOADED = "loaded"
+"""No alias, since `/models/loaded` is something else."""
+
+
 def _alias(value: str) -> str:
-    if _ID.fullmatch(value) or value == IMAGENET_WEIGHTS:
+    if _ID.fullmatch(value) or value in (IMAGENET_WEIGHTS, LOADED):
         raise PydanticCustomError("ambiguous_alias", "This could be taken for something else")
     return value
 

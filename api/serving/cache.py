@@ -1,19 +1,21 @@
 """Loaded models, the latest used ones, bounded by the memory that they take.
 
 Used by the inference thread alone, so it needs no lock: a model is loaded once however many
-requests wait for it, and the one in use is never the one that goes.
+requests wait for it, and the one in use is never the one that goes. Others may read `loaded`.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import structlog
 
 from shared.errors import CheckpointCorrupt
 from shared.storage import Storage
+from skipline.schemas import LoadedModel, LoadedModels
 
 if TYPE_CHECKING:
     from shared.vision.predictor import Predictor
@@ -44,14 +46,19 @@ class ModelCache:
         self._max_bytes = max_bytes
         self._device = device
         self._models: OrderedDict[str, Predictor] = OrderedDict()
+        self._facts: dict[str, LoadedModel] = {}
+        self.loaded = LoadedModels(items=[], num_bytes=0, max_bytes=max_bytes)
+        """What is there now: replaced whole, so that any thread may read it."""
 
     def get(self, key: ModelKey) -> Predictor:
         """The model, loaded if need be. A damaged one is not kept: raises `CheckpointCorrupt`."""
-        model = self._models.get(key.checkpoint_id)
+        name = key.checkpoint_id
+        model = self._models.get(name)
         if model is None:
-            model = self._models[key.checkpoint_id] = self._load(key)
-        self._models.move_to_end(key.checkpoint_id)
+            model = self._models[name] = self._load(key)
+        self._models.move_to_end(name)
         self._evict()
+        self._tell(name, model)
         return model
 
     def _load(self, key: ModelKey) -> Predictor:
@@ -68,7 +75,24 @@ class ModelCache:
 
     def _evict(self) -> None:
         while len(self._models) > 1 and self.num_bytes > self._max_bytes:
-            self._models.popitem(last=False)
+            name, _ = self._models.popitem(last=False)
+            self._facts.pop(name)
+
+    def _tell(self, name: str, used: Predictor) -> None:
+        now = datetime.now(UTC)
+        known = self._facts.get(name)
+        self._facts[name] = LoadedModel(
+            checkpoint_id=name,
+            arch=used.bundle.spec.model.arch,
+            num_bytes=used.num_bytes,
+            loaded_at=known.loaded_at if known else now,
+            used_at=now,
+        )
+        self.loaded = LoadedModels(
+            items=[self._facts[name] for name in reversed(self._models)],
+            num_bytes=self.num_bytes,
+            max_bytes=self._max_bytes,
+        )
 
     @property
     def num_bytes(self) -> int:

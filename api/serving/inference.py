@@ -23,6 +23,7 @@ import structlog
 from api.serving.cache import ModelCache, ModelKey
 from api.serving.images import Square
 from shared.errors import TooBusy
+from skipline import schemas
 
 if TYPE_CHECKING:
     from shared.vision.predictor import Look
@@ -94,6 +95,10 @@ class Inference:
                 self._waiting.append(request)
                 self._changed.notify()
         return request.answer
+
+    def loaded(self) -> schemas.LoadedModels:
+        """The models in memory; never waits for a prediction."""
+        return self._cache.loaded
 
     def stop(self) -> None:
         """Ends the thread after the batch it works on; what waits is cancelled."""

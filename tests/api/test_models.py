@@ -214,3 +214,23 @@ def test_moves_at_once_are_all_made_and_numbered(api: Any, worker: Any) -> None:
     former = checkpoints[numbers.index(7)]
     model = api.get("/models/production").json()
     assert (model["checkpoint_id"], model["former_checkpoint_id"]) == (newest, former)
+
+
+def test_models_in_memory_are_listed_and_their_address_is_no_alias(
+    start_server: Any, settings: Any, api: Any, worker: Any, png: Any, assert_problem: Any
+) -> None:
+    fresh = start_server(settings)
+    before = fresh.get("/models/loaded").json()
+    assert (before["items"], before["num_bytes"]) == ([], 0)
+    _, (first, second) = train(api, worker, 3, 7)
+    for checkpoint in (first, second, first):
+        answer(fresh, png, checkpoint)
+    loaded = fresh.get("/models/loaded").json()
+    assert [item["checkpoint_id"] for item in loaded["items"]] == [first, second]
+    assert {item["arch"] for item in loaded["items"]} == {"resnet18"}
+    assert loaded["num_bytes"] == sum(item["num_bytes"] for item in loaded["items"])
+    # A ResNet-18 of ten classes at the least: 11 million numbers of 4 bytes each.
+    assert all(44_000_000 < item["num_bytes"] < 46_000_000 for item in loaded["items"])
+    assert loaded["max_bytes"] == 2 * 1024**3
+    taken = api.put("/models/loaded", json={"checkpoint_id": first})
+    assert_problem(taken, 422, "invalid_input")

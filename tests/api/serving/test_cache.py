@@ -1,17 +1,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 
 from api.serving.cache import ModelCache, ModelKey
 from shared.errors import CheckpointCorrupt
 
+BUNDLE = SimpleNamespace(spec=SimpleNamespace(model=SimpleNamespace(arch="resnet18")))
+
 
 @dataclass
 class Model:
     num_bytes: int
+    bundle: ClassVar[Any] = BUNDLE
 
 
 @pytest.fixture
@@ -69,3 +73,22 @@ def test_a_damaged_model_is_not_kept(cache: Any, loads: list[str]) -> None:
             cache.get(key("damaged"))
     assert loads == ["damaged", "damaged"]
     assert cache.num_bytes == 0
+
+
+def test_it_tells_what_is_there_the_latest_used_first(cache: Any) -> None:
+    assert cache.loaded.items == []
+    for name in ("a-40", "b-40", "a-40"):
+        cache.get(key(name))
+    loaded = cache.loaded
+    assert [(item.checkpoint_id, item.num_bytes) for item in loaded.items] == [
+        ("a-40", 40),
+        ("b-40", 40),
+    ]
+    assert (loaded.num_bytes, loaded.max_bytes) == (80, 100)
+    assert loaded.items[0].loaded_at <= loaded.items[1].loaded_at <= loaded.items[0].used_at
+    cache.get(key("c-50"))
+    assert [item.checkpoint_id for item in cache.loaded.items] == ["c-50", "a-40"]
+    assert [item.checkpoint_id for item in loaded.items] == ["a-40", "b-40"], "what was told stays"
+    with pytest.raises(CheckpointCorrupt):
+        cache.get(key("damaged"))
+    assert [item.checkpoint_id for item in cache.loaded.items] == ["c-50", "a-40"]
