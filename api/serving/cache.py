@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 
+@dataclass
+class _Entry:
+    model: Predictor
+    facts: LoadedModel
+
+
 @dataclass(frozen=True)
 class ModelKey:
     """A stored checkpoint. `image_size`: the side of the images it takes, in pixels, as its job's
@@ -45,21 +51,26 @@ class ModelCache:
         self._storage = storage
         self._max_bytes = max_bytes
         self._device = device
-        self._models: OrderedDict[str, Predictor] = OrderedDict()
-        self._facts: dict[str, LoadedModel] = {}
+        self._entries: OrderedDict[str, _Entry] = OrderedDict()
         self.loaded = LoadedModels(items=[], num_bytes=0, max_bytes=max_bytes)
         """What is there now: replaced whole, so that any thread may read it."""
 
     def get(self, key: ModelKey) -> Predictor:
         """The model, loaded if need be. A damaged one is not kept: raises `CheckpointCorrupt`."""
-        name = key.checkpoint_id
-        model = self._models.get(name)
-        if model is None:
-            model = self._models[name] = self._load(key)
-        self._models.move_to_end(name)
+        entry = self._entries.get(key.checkpoint_id)
+        if entry is None:
+            model = self._load(key)
+            entry = self._entries[key.checkpoint_id] = _Entry(model, _facts(key, model))
+        else:
+            entry.facts = entry.facts.model_copy(update={"used_at": datetime.now(UTC)})
+        self._entries.move_to_end(key.checkpoint_id)
         self._evict()
-        self._tell(name, model)
-        return model
+        self.loaded = LoadedModels(
+            items=[entry.facts for entry in reversed(self._entries.values())],
+            num_bytes=self.num_bytes,
+            max_bytes=self._max_bytes,
+        )
+        return entry.model
 
     def _load(self, key: ModelKey) -> Predictor:
         from shared.vision.bundle import BUNDLE_FILE, WEIGHTS_FILE, read_bundle
@@ -74,27 +85,21 @@ class ModelCache:
         return model
 
     def _evict(self) -> None:
-        while len(self._models) > 1 and self.num_bytes > self._max_bytes:
-            name, _ = self._models.popitem(last=False)
-            self._facts.pop(name)
-
-    def _tell(self, name: str, used: Predictor) -> None:
-        now = datetime.now(UTC)
-        known = self._facts.get(name)
-        self._facts[name] = LoadedModel(
-            checkpoint_id=name,
-            arch=used.bundle.spec.model.arch,
-            num_bytes=used.num_bytes,
-            loaded_at=known.loaded_at if known else now,
-            used_at=now,
-        )
-        self.loaded = LoadedModels(
-            items=[self._facts[name] for name in reversed(self._models)],
-            num_bytes=self.num_bytes,
-            max_bytes=self._max_bytes,
-        )
+        while len(self._entries) > 1 and self.num_bytes > self._max_bytes:
+            self._entries.popitem(last=False)
 
     @property
     def num_bytes(self) -> int:
         """What all weights take."""
-        return sum(model.num_bytes for model in self._models.values())
+        return sum(entry.model.num_bytes for entry in self._entries.values())
+
+
+def _facts(key: ModelKey, model: Predictor) -> LoadedModel:
+    now = datetime.now(UTC)
+    return LoadedModel(
+        checkpoint_id=key.checkpoint_id,
+        arch=model.bundle.spec.model.arch,
+        num_bytes=model.num_bytes,
+        loaded_at=now,
+        used_at=now,
+    )

@@ -24,9 +24,8 @@ class Look:
 
 
 class Predictor:
-    """Serves one bundle in float32 on one device, with its batch norms folded: probabilities differ
-    by less than 1e-4 from those of the network as it was trained. Calls from several threads are
-    safe.
+    """Serves one bundle in float32 on one device, with its batch norms folded: logits are those of
+    the network as it was trained to 1e-5 of the largest. Calls from several threads are safe.
 
     Raises:
         CheckpointCorrupt: the weights are not of the bundle's network.

@@ -76,5 +76,5 @@ def _render_image(image: ImagePrediction, width: int) -> RenderableType:
             Text(format_percent(row.probability), style=style),
             Text(bar, style="green" if place == 0 else "dim"),
         )
-    note = "  unknown: surer answers than this are usual" if image.unknown else ""
+    note = "  unknown: less sure than right answers are" if image.unknown else ""
     return Group(Text.assemble((image.image, "bold"), (note, "yellow")), table)

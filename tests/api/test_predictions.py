@@ -7,8 +7,9 @@ import math
 import shutil
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from io import BytesIO
 from typing import Any
 
@@ -37,6 +38,31 @@ def trained(api: Any, worker: Any) -> Any:
     attempt = worker.claim()
     attempt.checkpoint(10, bias=BIAS)
     return job["id"], attempt
+
+
+@dataclass
+class Held:
+    """Forwards that wait to be released, and their sizes, from when they begin."""
+
+    batches: list[int] = field(default_factory=list)
+    released: threading.Event = field(default_factory=threading.Event)
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
+    from shared.vision.predictor import Predictor
+
+    held = Held()
+    predict = Predictor.predict
+
+    def wait(self: Any, images: Any) -> Any:
+        held.batches.append(len(images))
+        assert held.released.wait(20)
+        return predict(self, images)
+
+    monkeypatch.setattr(Predictor, "predict", wait)
+    yield held
+    held.released.set()
 
 
 def checkpoint_ids(api: Any, job_id: str) -> dict[tuple[str, int], str]:
@@ -213,34 +239,51 @@ def test_a_checkpoint_that_vanishes_while_it_is_asked_for_gives_way_to_the_next(
 
 
 def test_requests_at_the_same_time_load_a_model_once_and_share_batches(
-    api: Any, trained: Any, png: Any, monkeypatch: pytest.MonkeyPatch, wait_for: Callable[..., Any]
+    api: Any, trained: Any, png: Any, held: Held, wait_for: Callable[..., Any]
 ) -> None:
-    from shared.vision.predictor import Predictor
-
     inference = api.server._app.state.services.inference
-    batches: list[int] = []
-    blocked, released = threading.Event(), threading.Event()
-    predict = Predictor.predict
-
-    def slow_first(self: Any, images: Any) -> Any:
-        batches.append(len(images))
-        blocked.set()
-        assert released.wait(20)
-        return predict(self, images)
-
-    monkeypatch.setattr(Predictor, "predict", slow_first)
     with ThreadPoolExecutor(8) as clients:
         answers = [clients.submit(api.predict, [png()], model=trained[0])]
-        assert blocked.wait(20)
+        wait_for(lambda: held.batches == [1], "forward")
         answers += [clients.submit(api.predict, [png()] * 2, model=trained[0]) for _ in range(5)]
         wait_for(lambda: len(inference._waiting) == 5, "full queue")
-        released.set()
+        held.released.set()
         found = [answer.result() for answer in answers]
     assert [answer.status_code for answer in found] == [200] * 6
     assert [len(answer.json()["predictions"]) for answer in found] == [1, 2, 2, 2, 2, 2]
-    assert batches == [1, 10]
+    assert held.batches == [1, 10]
     loads = [answer.json()["timing_ms"]["load"] for answer in found]
     assert sum(load > 1 for load in loads) <= 1
+
+
+def test_an_explanation_that_fails_leaves_the_answers_before_it(
+    api: Any,
+    trained: Any,
+    png: Any,
+    held: Held,
+    monkeypatch: pytest.MonkeyPatch,
+    wait_for: Callable[..., Any],
+    assert_problem: Callable[..., Any],
+) -> None:
+    from shared.vision.predictor import Predictor
+
+    def fail(self: Any, images: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(Predictor, "look", fail)
+    inference = api.server._app.state.services.inference
+    with ThreadPoolExecutor(3) as clients:
+        first = clients.submit(api.predict, [png()], model=trained[0])
+        wait_for(lambda: held.batches == [1], "forward")
+        plain = clients.submit(api.predict, [png()], model=trained[0])
+        wait_for(lambda: len(inference._waiting) == 1, "second prediction")
+        explained = clients.submit(api.predict, [png()], model=trained[0], explain="true")
+        wait_for(lambda: len(inference._waiting) == 2, "third prediction")
+        held.released.set()
+        assert (first.result().status_code, plain.result().status_code) == (200, 200)
+        assert_problem(explained.result(), 500, "internal_error")
+    assert held.batches == [1, 2], "the one that failed shared its batch"
+    assert api.predict([png()], model=trained[0]).status_code == 200
 
 
 def test_beyond_so_many_predictions_one_is_told_to_come_back(
@@ -248,27 +291,17 @@ def test_beyond_so_many_predictions_one_is_told_to_come_back(
     start_server: Any,
     trained: Any,
     png: Any,
-    monkeypatch: pytest.MonkeyPatch,
+    held: Held,
     wait_for: Callable[..., Any],
     assert_problem: Callable[..., Any],
 ) -> None:
-    from shared.vision.predictor import Predictor
-
     api = start_server(settings.model_copy(update={"max_predict_waiting": 2}))
     inference = api.server._app.state.services.inference
-    released = threading.Event()
-    predict = Predictor.predict
-
-    def slow(self: Any, images: Any) -> Any:
-        assert released.wait(20)
-        return predict(self, images)
-
-    monkeypatch.setattr(Predictor, "predict", slow)
     with ThreadPoolExecutor(2) as clients:
         answers = [clients.submit(api.predict, [png()], model=trained[0]) for _ in range(2)]
         wait_for(lambda: inference._num_places_taken == 2, "second prediction")
         response = api.predict([png()], model=trained[0])
-        released.set()
+        held.released.set()
         assert_problem(response, 429, "too_busy")
         assert response.headers["retry-after"] == "2"
         assert [answer.result().status_code for answer in answers] == [200, 200]
@@ -346,73 +379,51 @@ def test_an_explanation_is_a_picture_and_features_are_numbers(
         assert all(value >= 0 for value in prediction["features"])  # behind a ReLU
 
 
-@pytest.fixture
-def held(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Forwards that wait for `released`; `batches` are their sizes, from when they begin."""
-    from shared.vision.predictor import Predictor
-
-    class Held:
-        released = threading.Event()
-        batches: list[int] = []  # noqa: RUF012 - one of these per test
-
-    predict = Predictor.predict
-
-    def wait(self: Any, images: Any) -> Any:
-        Held.batches.append(len(images))
-        assert Held.released.wait(20)
-        return predict(self, images)
-
-    monkeypatch.setattr(Predictor, "predict", wait)
-    yield Held
-    Held.released.set()
-
-
 def test_a_prediction_that_takes_too_long_is_given_up(
     settings: Any,
     start_server: Any,
     trained: Any,
     png: Any,
-    held: Any,
+    held: Held,
     wait_for: Callable[..., Any],
     assert_problem: Callable[..., Any],
 ) -> None:
-    api = start_server(settings.model_copy(update={"predict_timeout_seconds": 0.5}))
-    inference = api.server._app.state.services.inference
-    assert_problem(api.predict([png()], model=trained[0]), 504, "prediction_timeout")
-    wait_for(lambda: held.batches == [1], "forward of the one that was given up")
-    assert_problem(api.predict([png()] * 3, model=trained[0]), 504, "prediction_timeout")
-    assert inference._num_places_taken == 0
-    held.released.set()
-    wait_for(lambda: not inference._waiting, "empty queue")
+    api = start_server(settings)
+    state = api.server._app.state
+    patient = state.services
+    impatient = settings.model_copy(update={"predict_timeout_seconds": 0.5})
+    with ThreadPoolExecutor(1) as clients:
+        first = clients.submit(api.predict, [png()], model=trained[0])
+        wait_for(lambda: held.batches == [1], "forward")
+        state.services = replace(patient, settings=impatient)
+        assert_problem(api.predict([png()] * 3, model=trained[0]), 504, "prediction_timeout")
+        assert patient.inference._num_places_taken == 1, "that of the first"
+        state.services = patient
+        held.released.set()
+        assert first.result().status_code == 200
     assert api.predict([png()] * 2, model=trained[0]).status_code == 200
     assert held.batches == [1, 2], "what nobody waits for is not computed"
 
 
 def test_whoever_leaves_is_dropped_before_the_forward(
-    api: Any, trained: Any, png: Any, held: Any, wait_for: Callable[..., Any]
+    api: Any, trained: Any, png: Any, held: Held, wait_for: Callable[..., Any]
 ) -> None:
     inference = api.server._app.state.services.inference
+    image = png()
     with ThreadPoolExecutor(1) as clients:
-        first = clients.submit(api.predict, [png()], model=trained[0])
+        first = clients.submit(api.predict, [image], model=trained[0])
         wait_for(lambda: held.batches == [1], "forward")
-        boundary, image = "x", png()
-        head = f'--{boundary}\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
-        model = (
-            f'\r\n--{boundary}\r\nContent-Disposition: form-data; name="model"\r\n\r\n{trained[0]}'
-        )
-        body = head.encode() + image + model.encode() + f"\r\n--{boundary}--\r\n".encode()
-        with socket.create_connection((api.base_url.host, api.base_url.port)) as client:
-            client.sendall(
-                b"POST /predict HTTP/1.1\r\nHost: 127.0.0.1\r\n"
-                b"Content-Type: multipart/form-data; boundary=x\r\n"
-                + f"Content-Length: {len(body)}\r\n\r\n".encode()
-                + body
+        with socket.create_connection((api.base_url.host, api.base_url.port)) as leaving:
+            head = (
+                f"POST /predict?model={trained[0]} HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+                f"Content-Type: image/png\r\nContent-Length: {len(image)}\r\n\r\n"
             )
+            leaving.sendall(head.encode() + image)
             wait_for(lambda: len(inference._waiting) == 1, "second prediction")
         wait_for(lambda: inference._num_places_taken == 1, "place of the one that left")
         held.released.set()
         assert first.result().status_code == 200
-    assert api.predict([png()] * 2, model=trained[0]).status_code == 200
+    assert api.predict([image] * 2, model=trained[0]).status_code == 200
     assert held.batches == [1, 2]
 
 

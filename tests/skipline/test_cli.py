@@ -653,7 +653,7 @@ def test_predictions_are_listed_from_the_likeliest(server: Server, tmp_path: Pat
     found[0]["unknown"] = True
     server.on("POST /predict", answer_json({"model": model, "predictions": found, "timing_ms": {}}))
     lines = run("predict", str(photo), "--model", "j").output.splitlines()
-    assert lines[0] == "photo.png  unknown: surer answers than this are usual"
+    assert lines[0] == "photo.png  unknown: less sure than right answers are"
 
 
 def test_explanations_are_written_one_for_each_image(server: Server, tmp_path: Path) -> None:
