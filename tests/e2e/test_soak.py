@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS, SETTLE_SECONDS = 75, 120
+SECONDS, SETTLE_SECONDS = 75, 400
+"""What is left may take its time on slow cores that others use too; nobody waits for longer than it
+takes."""
 
 
 @pytest.mark.timeout(SECONDS + SETTLE_SECONDS + 120)
