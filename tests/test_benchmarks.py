@@ -19,7 +19,7 @@ from PIL import Image
 
 from api.app import create_app
 from api.server import Server
-from benchmarks import cluster, fast_cifar, figures, ingest, queue, training
+from benchmarks import batching, cluster, fast_cifar, figures, ingest, queue, training
 from benchmarks.baselines import images, ours, published, timm_script, torchvision_reference
 from benchmarks.baselines.problem import Turn
 from shared import lifecycle, repository
@@ -456,3 +456,27 @@ def test_image_folder_reads_what_holds_class_folders(tmp_path: Path) -> None:
         (tmp_path / path).mkdir(parents=True)
     assert ingest.image_folders(tmp_path / "a") == [tmp_path / "a" / "train"]
     assert ingest.image_folders(tmp_path / "b") == [tmp_path / "b"]
+
+
+# ----------------------------------------------------------------------------- many clients at once
+
+
+def test_clients_are_measured_against_the_bare_network_and_the_ratios_are_of_the_medians(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "figures.json"
+    words = ["--image-size", "8", "--batch-size", "2", "--clients", "2", "--rounds", "1"]
+    code = batching.main([*words, "--seconds", "0.05", "--json", str(file)])
+
+    figures = {
+        figure["name"]: figure for figure in json.loads(file.read_text())["parts"]["batching"]
+    }
+    speeds = {name: figures[name]["value"] for name in batching.CONTENDERS}
+    assert min(speeds.values()) > 0
+    for name in ("bare", "bare, folded", "one at a time"):
+        ratio = figures[f"clients / {name}"]["value"]
+        assert ratio == pytest.approx(speeds["clients"] / speeds[name])
+    assert code == (0 if figures["clients / bare"]["value"] >= 0.8 else 1)
+    assert (
+        0 < figures["a client waits, median"]["value"] <= figures["a client waits, 99 %"]["value"]
+    )
