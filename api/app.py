@@ -51,7 +51,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     # A GPU is left to the trainings, unless the operator says so.
     device = "cuda" if settings.device == "cuda" else "cpu"
     cache = ModelCache(storage, settings.model_cache_bytes, device)
-    inference = Inference(cache, settings.max_predict_waiting)
+    inference = Inference(cache, settings.max_predict_waiting, settings.predict_max_wait_ms / 1000)
     streams = StreamHub(database, settings.max_streams)
     app.state.services = Services(
         settings=settings,

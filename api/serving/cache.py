@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import structlog
@@ -43,8 +44,8 @@ class ModelCache:
     """Predictors by checkpoint.
 
     Args:
-        max_bytes: of the weights kept. One more model is in memory while it is loaded, and the
-            latest one stays even if it is larger.
+        max_bytes: of the weights in memory, the one that is being loaded included: others make
+            room before. A model that is larger is loaded alone.
     """
 
     def __init__(self, storage: Storage, max_bytes: int, device: str) -> None:
@@ -59,24 +60,27 @@ class ModelCache:
         """The model, loaded if need be. A damaged one is not kept: raises `CheckpointCorrupt`."""
         entry = self._entries.get(key.checkpoint_id)
         if entry is None:
-            model = self._load(key)
+            file = self._verified(key)
+            self._make_room(file.stat().st_size)
+            model = self._load(key, file.parent)
             entry = self._entries[key.checkpoint_id] = _Entry(model, _facts(key, model))
         else:
             entry.facts = entry.facts.model_copy(update={"used_at": datetime.now(UTC)})
         self._entries.move_to_end(key.checkpoint_id)
-        self._evict()
-        self.loaded = LoadedModels(
-            items=[entry.facts for entry in reversed(self._entries.values())],
-            num_bytes=self.num_bytes,
-            max_bytes=self._max_bytes,
-        )
+        self._tell()
         return entry.model
 
-    def _load(self, key: ModelKey) -> Predictor:
-        from shared.vision.bundle import BUNDLE_FILE, WEIGHTS_FILE, read_bundle
+    def _verified(self, key: ModelKey) -> Path:
+        """The file with the weights, which is as it was written. Before others make room: a damaged
+        one drives none of them out."""
+        from shared.vision.bundle import BUNDLE_FILE, WEIGHTS_FILE
+
+        return self._storage.verify(key.storage_key, WEIGHTS_FILE, BUNDLE_FILE) / WEIGHTS_FILE
+
+    def _load(self, key: ModelKey, folder: Path) -> Predictor:
+        from shared.vision.bundle import read_bundle
         from shared.vision.predictor import Predictor
 
-        folder = self._storage.verify(key.storage_key, WEIGHTS_FILE, BUNDLE_FILE)
         bundle, weights = read_bundle(folder)
         if bundle.preprocessing.image_size != key.image_size:
             raise CheckpointCorrupt("The checkpoint is for images of another size than its job's")
@@ -84,9 +88,17 @@ class ModelCache:
         log.info("model loaded", checkpoint_id=key.checkpoint_id, num_bytes=model.num_bytes)
         return model
 
-    def _evict(self) -> None:
-        while len(self._entries) > 1 and self.num_bytes > self._max_bytes:
+    def _make_room(self, num_bytes: int) -> None:
+        while self._entries and self.num_bytes + num_bytes > self._max_bytes:
             self._entries.popitem(last=False)
+        self._tell()
+
+    def _tell(self) -> None:
+        self.loaded = LoadedModels(
+            items=[entry.facts for entry in reversed(self._entries.values())],
+            num_bytes=self.num_bytes,
+            max_bytes=self._max_bytes,
+        )
 
     @property
     def num_bytes(self) -> int:

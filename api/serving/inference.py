@@ -2,7 +2,8 @@
 
 Every call of torch (import, load, forward) happens in this thread: several threads that each run
 a forward pass on the same cores are much slower than one. What was queued for a model while the
-last batch ran goes through it together; nothing ever waits for a batch to fill up.
+last batch ran goes through it together; nothing waits for a batch to fill up, unless the operator
+lets it.
 """
 
 from __future__ import annotations
@@ -60,11 +61,14 @@ class Inference:
 
     Args:
         max_waiting: predictions that are in work or wait at a time.
+        max_wait_seconds: that an idle network waits for a batch to fill up, counted from when the
+            first of its requests was queued.
     """
 
-    def __init__(self, cache: ModelCache, max_waiting: int) -> None:
+    def __init__(self, cache: ModelCache, max_waiting: int, max_wait_seconds: float = 0.0) -> None:
         self._cache = cache
         self._max_waiting = max_waiting
+        self._max_wait_seconds = max_wait_seconds
         self._num_places_taken = 0
         self._waiting: deque[_Request] = deque()
         self._changed = threading.Condition()
@@ -129,6 +133,9 @@ class Inference:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._stopped)
+                if self._max_wait_seconds and not self._stopped:
+                    waited = time.monotonic() - self._waiting[0].queued_at
+                    self._changed.wait_for(self._is_enough, self._max_wait_seconds - waited)
                 if self._stopped:
                     return []
                 taken = self._next_batch()
@@ -136,6 +143,13 @@ class Inference:
             wanted = [r for r in taken if r.answer.set_running_or_notify_cancel()]
             if wanted:
                 return wanted
+
+    def _is_enough(self) -> bool:
+        """A full batch waits, or nobody waits for one any more."""
+        if self._stopped:
+            return True
+        key = self._waiting[0].key
+        return sum(len(r.images) for r in self._waiting if r.key == key) >= MAX_BATCH_IMAGES
 
     def _next_batch(self) -> list[_Request]:
         taken = [self._waiting.popleft()]
