@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from importlib.metadata import version
+from typing import Literal
 
 from fastapi import Depends, FastAPI
 
@@ -25,7 +26,7 @@ from api import (
     uploads,
     workers,
 )
-from api.checks import Checks
+from api.checks import Check, Checks
 from api.dependencies import Services, require_key
 from api.drawing import Drawing
 from api.limits import QueueLimits
@@ -34,12 +35,35 @@ from api.serving.images import Decoder
 from api.serving.inference import Inference
 from api.stored_datasets import StoredDatasets
 from api.streams import StreamHub
+from api.warmup import WarmUp
 from shared.database import Database
 from shared.dispatch import Bell
 from shared.hints import Hints
 from shared.reaper import Reaper
 from shared.settings import Settings, get_settings
 from shared.storage import Storage
+
+Role = Literal["all", "predict"]
+"""What a process serves: everything, or predictions alone, which can then be scaled apart."""
+_MODULES = {
+    "all": (
+        jobs,
+        history,
+        plots,
+        workers,
+        datasets,
+        dataset_images,
+        ingests,
+        uploads,
+        architectures,
+        recipes,
+        predictions,
+        models,
+        health,
+        docs,
+    ),
+    "predict": (predictions, health, docs),
+}
 
 
 @asynccontextmanager
@@ -53,6 +77,11 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     cache = ModelCache(storage, settings.model_cache_bytes, device)
     inference = Inference(cache, settings.max_predict_waiting, settings.predict_max_wait_ms / 1000)
     streams = StreamHub(database, settings.max_streams)
+    checks: dict[str, Check] = {"database": database.check, "storage": storage.check}
+    if app.state.role == "predict":
+        checks["model"] = WarmUp(database, inference).check
+    else:
+        checks["broker"] = bell.check
     app.state.services = Services(
         settings=settings,
         database=database,
@@ -62,20 +91,20 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         streams=streams,
         inference=inference,
         decoder=Decoder(settings.max_image_pixels),
-        checks=Checks(database, bell, storage),
+        checks=Checks(checks),
         drawing=Drawing(),
         stored_datasets=StoredDatasets(storage),
     )
-    reaper = Reaper(settings, database, storage)
-    reaper.start()
-    hints = Hints(settings)
-    hints.listen(streams.hint)
-    try:
+    with ExitStack() as stack:
+        stack.callback(_close, app.state.services)
+        if app.state.role == "all":
+            reaper = Reaper(settings, database, storage)
+            reaper.start()
+            stack.callback(reaper.stop)
+            hints = Hints(settings)
+            hints.listen(streams.hint)
+            stack.callback(hints.close)
         yield
-    finally:
-        hints.close()
-        reaper.stop()
-        _close(app.state.services)
 
 
 def _close(services: Services) -> None:
@@ -89,7 +118,7 @@ def _close(services: Services) -> None:
     services.database.dispose()
 
 
-def create_app(settings: Settings | None = None) -> FastAPI:
+def create_app(settings: Settings | None = None, role: Role = "all") -> FastAPI:
     """The application over `settings`, by default the process's own."""
     app = FastAPI(
         title="Skipline",
@@ -105,22 +134,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.settings = settings or get_settings()
+    app.state.role = role
     problems.install(app)
-    for module in (
-        jobs,
-        history,
-        plots,
-        workers,
-        datasets,
-        dataset_images,
-        ingests,
-        uploads,
-        architectures,
-        recipes,
-        models,
-        predictions,
-        health,
-        docs,
-    ):
+    for module in _MODULES[role]:
         app.include_router(module.router)
     return app

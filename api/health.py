@@ -30,7 +30,8 @@ async def healthz() -> dict[str, str]:
     | openapi.responses(examples.NOT_READY, 503, schemas.Readiness),
 )
 async def readyz(services: ServicesDep, response: Response) -> schemas.Readiness:
-    """503 when one of them does not; `checks` says which."""
+    """503 when one of them does not; `checks` says which. A process that serves predictions alone
+    asks for no broker, and is ready once what `production` stands for has answered."""
     checks = await services.checks.run()
     if all(result == "ok" for result in checks.values()):
         return schemas.Readiness(status="ready", checks=checks)

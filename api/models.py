@@ -53,17 +53,6 @@ def list_models(page: PageDep, services: ServicesDep) -> schemas.Page[schemas.Mo
 
 
 @router.get(
-    "/models/loaded",
-    summary="List the models in memory",
-    responses=openapi.responses(examples.LOADED_MODELS),
-)
-def list_loaded_models(services: ServicesDep) -> schemas.LoadedModels:
-    """Those that answer without being read from the storage first, in the process that takes this
-    request: where several serve, each has its own."""
-    return services.inference.loaded()
-
-
-@router.get(
     "/models/{alias}",
     summary="Show a model",
     responses=openapi.responses(examples.MODEL, problems=(404,)),

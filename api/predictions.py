@@ -86,6 +86,17 @@ async def predict(request: Request, services: ServicesDep) -> schemas.Prediction
             return await while_waited_for(request, _predict(asked, services), patience)
 
 
+@router.get(
+    "/models/loaded",
+    summary="List the models in memory",
+    responses=openapi.responses(examples.LOADED_MODELS),
+)
+async def list_loaded_models(services: ServicesDep) -> schemas.LoadedModels:
+    """Those that answer without being read from the storage first, in the process that takes this
+    request: where several serve, each has its own."""
+    return services.inference.loaded()
+
+
 async def _predict(asked: PredictionRequest, services: Services) -> schemas.Predictions:
     started = time.monotonic()
     reference = asked.options.model

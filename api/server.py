@@ -7,7 +7,7 @@ import socket
 import uvicorn
 from fastapi import FastAPI
 
-from api.app import create_app
+from api.app import Role, create_app
 from shared.settings import Settings
 
 SHUTDOWN_SECONDS = 5
@@ -37,6 +37,6 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def serve(settings: Settings, host: str, port: int) -> None:
+def serve(settings: Settings, host: str, port: int, role: Role = "all") -> None:
     """Serves until SIGINT or SIGTERM. The address was checked to be free."""
-    Server(create_app(settings), host, port).run()
+    Server(create_app(settings, role), host, port).run()

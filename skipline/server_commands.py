@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -36,6 +36,9 @@ stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
 Host = Annotated[str, typer.Option(help="Address to listen on; others than loopback need a key.")]
 Port = Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")]
+Role = Annotated[
+    Literal["all", "predict"], typer.Option(help="Serve everything, or nothing but predictions.")
+]
 Slots = Annotated[
     int | None,
     typer.Option(min=1, max=256, help="Jobs at once; by default one for each GPU, else one."),
@@ -178,7 +181,7 @@ def check_address(settings: Settings, host: str, port: int) -> None:
         ) from None
 
 
-def api(host: Host = "127.0.0.1", port: Port = 8000) -> None:
+def api(host: Host = "127.0.0.1", port: Port = 8000, role: Role = "all") -> None:
     """Runs the HTTP service alone."""
     with setup_errors():
         from api.server import serve
@@ -191,7 +194,7 @@ def api(host: Host = "127.0.0.1", port: Port = 8000) -> None:
         schema.check(database)
         database.dispose()
         end_with_parent()
-        serve(settings, host, port)
+        serve(settings, host, port, role)
 
 
 def num_slots(slots: int | None, settings: Settings) -> int:

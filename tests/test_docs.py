@@ -39,6 +39,10 @@ NOT_RUN = {
     ("docs/operations.md", "skipline up --port 8000 --slots 1"): "stays until Ctrl-C",
     (
         "docs/operations.md",
+        "skipline api --role predict --host 0.0.0.0 --port 8001",
+    ): "stays until Ctrl-C, and needs a key",
+    (
+        "docs/operations.md",
         "export SKIPLINE_DATABASE_URL=postgresql://skipline:secret@db.example/skipline",
     ): "names servers that do not exist",
     ("docs/operations.md", "cp .env.example .env"): "needs a Docker engine",

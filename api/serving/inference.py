@@ -73,6 +73,8 @@ class Inference:
         self._waiting: deque[_Request] = deque()
         self._changed = threading.Condition()
         self._stopped = False
+        self.started = threading.Event()
+        """Set as soon as torch is there, or was found not to load."""
         self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
         self._thread.start()
 
@@ -119,6 +121,7 @@ class Inference:
             import shared.vision.predictor  # noqa: F401 - seconds that the first one need not wait
         except Exception as error:
             log.warning("torch cannot be loaded", error=str(error))
+        self.started.set()
         while requests := self._take():
             try:
                 self._serve(requests)

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from pydantic import SecretStr
 
-from api.app import create_app
+from api.app import Role, create_app
 from api.server import Server
 from shared import datasets, lifecycle, repository, schema
 from shared.database import Database
@@ -93,8 +93,8 @@ class Running:
     def __init__(self) -> None:
         self._running: list[tuple[Api, threading.Thread]] = []
 
-    def start(self, settings: Settings, key: str | None = None) -> Api:
-        server = Server(create_app(settings), "127.0.0.1", 0)
+    def start(self, settings: Settings, key: str | None = None, role: Role = "all") -> Api:
+        server = Server(create_app(settings, role), "127.0.0.1", 0)
         thread = threading.Thread(target=server.run, daemon=True)
         thread.start()
         wait_for(lambda: server.started or not thread.is_alive(), "started server")

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import shutil
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from pydantic import SecretStr
 
 from api import checks
+from shared.vision.predictor import Predictor
 
 
 def test_a_live_process_says_so_without_touching_anything(
@@ -86,3 +88,69 @@ def test_the_probes_answer_while_torch_is_loaded(
         assert api.get("/readyz").status_code == 200
     finally:
         released.set()
+
+
+# ------------------------------------------------------------------ a process for predictions alone
+
+
+def test_it_is_ready_once_production_has_answered(
+    settings: Any,
+    api: Any,
+    worker: Any,
+    start_server: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    wait_for: Callable[..., Any],
+    png: Any,
+) -> None:
+    released = threading.Event()
+    predict = Predictor.predict
+    seen: list[tuple[int, ...]] = []
+
+    def held(self: Any, images: Any) -> Any:
+        seen.append(images.shape)
+        assert released.wait(20)
+        return predict(self, images)
+
+    job_id = api.submit()["id"]
+    worker.claim().checkpoint(10, "best", bias=[0.0] * 10)
+    [checkpoint] = api.get(f"/jobs/{job_id}/checkpoints").json()["items"]
+    checkpoint_id = checkpoint["id"]
+    assert api.put("/models/production", json={"checkpoint_id": checkpoint_id}).status_code == 200
+    monkeypatch.setattr(Predictor, "predict", held)
+    alone = start_server(settings, role="predict")
+    wait_for(lambda: seen, "forward")
+    early = alone.get("/readyz")
+    assert (early.status_code, early.json()["checks"]["model"]) == (503, "warming up")
+    released.set()
+    ready = wait_for(lambda: (r := alone.get("/readyz")).status_code == 200 and r, "readiness")
+    assert ready.json()["checks"] == {"database": "ok", "storage": "ok", "model": "ok"}
+    [loaded] = alone.get("/models/loaded").json()["items"]
+    assert loaded["checkpoint_id"] == checkpoint_id
+    answer = alone.predict([png()])
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["model"]["job_id"] == job_id
+    assert len(seen) == 2
+
+
+def test_it_is_ready_without_a_model_too(
+    sqlite_settings: Any, start_server: Any, wait_for: Callable[..., Any]
+) -> None:
+    api = start_server(sqlite_settings, role="predict")
+    wait_for(lambda: api.get("/readyz").status_code == 200, "readiness")
+    assert api.get("/models/loaded").json()["items"] == []
+
+
+def test_it_serves_nothing_else(sqlite_settings: Any, start_server: Any) -> None:
+    api = start_server(sqlite_settings, role="predict")
+    paths = set(api.get("/openapi.json").json()["paths"])
+    assert paths == {"/predict", "/models/loaded", "/healthz", "/readyz"}
+    for path in ("/jobs", "/models", "/models/production", "/datasets", "/workers"):
+        assert api.get(path).status_code == 404
+
+
+def test_it_needs_no_broker(
+    sqlite_settings: Any, start_server: Any, wait_for: Callable[..., Any]
+) -> None:
+    away = {"broker_url": SecretStr("redis://:secret@127.0.0.1:1/0")}
+    api = start_server(sqlite_settings.model_copy(update=away), role="predict")
+    wait_for(lambda: api.get("/readyz").status_code == 200, "readiness")
