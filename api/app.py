@@ -18,6 +18,7 @@ from api import (
     history,
     ingests,
     jobs,
+    metering,
     models,
     plots,
     predictions,
@@ -30,6 +31,7 @@ from api.checks import Check, Checks
 from api.dependencies import Services, require_key
 from api.drawing import Drawing
 from api.limits import QueueLimits
+from api.metering import Metering
 from api.serving.cache import ModelCache
 from api.serving.images import Decoder
 from api.serving.inference import Inference
@@ -92,6 +94,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         inference=inference,
         decoder=Decoder(settings.max_image_pixels),
         checks=Checks(checks),
+        metering=Metering(database, inference),
         drawing=Drawing(),
         stored_datasets=StoredDatasets(storage),
     )
@@ -113,6 +116,7 @@ def _close(services: Services) -> None:
     services.decoder.close()
     services.inference.stop()
     services.checks.close()
+    services.metering.close()
     services.drawing.close()
     services.bell.close()
     services.database.dispose()
@@ -136,6 +140,7 @@ def create_app(settings: Settings | None = None, role: Role = "all") -> FastAPI:
     app.state.settings = settings or get_settings()
     app.state.role = role
     problems.install(app)
+    metering.install(app)
     for module in _MODULES[role]:
         app.include_router(module.router)
     return app

@@ -18,6 +18,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from api.checks import Checks
 from api.drawing import Drawing
 from api.limits import QueueLimits
+from api.metering import Metering
 from api.serving.images import Decoder
 from api.serving.inference import Inference
 from api.stored_datasets import StoredDatasets
@@ -50,6 +51,7 @@ class Services:
     inference: Inference
     decoder: Decoder
     checks: Checks
+    metering: Metering
     drawing: Drawing
     stored_datasets: StoredDatasets
 

@@ -477,6 +477,11 @@ NOT_READY: Document = {
     "checks": {"database": "ok", "broker": "no answer within 3 s", "storage": "ok"},
 }
 
+EXPOSITION = """# HELP skipline_jobs Stored jobs
+# TYPE skipline_jobs gauge
+skipline_jobs{kind="train",status="queued"} 2.0
+"""
+
 
 def _problem(status: int, code: str, title: str, detail: str, *errors: Document) -> Document:
     return {

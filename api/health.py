@@ -1,8 +1,10 @@
-"""Probes: is the process up, and can it do its work?"""
+"""Probes and metrics: is the process up, can it do its work, and how much does it do?"""
 
 from __future__ import annotations
 
 from fastapi import APIRouter, Response
+from fastapi.concurrency import run_in_threadpool
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from api import examples, openapi
 from api.dependencies import ServicesDep
@@ -37,3 +39,16 @@ async def readyz(services: ServicesDep, response: Response) -> schemas.Readiness
         return schemas.Readiness(status="ready", checks=checks)
     response.status_code = 503
     return schemas.Readiness(status="not_ready", checks=checks)
+
+
+@router.get(
+    "/metrics",
+    summary="Metrics for Prometheus",
+    response_class=Response,
+    responses=openapi.text(examples.EXPOSITION, problems=()),
+)
+async def get_metrics(services: ServicesDep) -> Response:
+    """Never waits behind predictions. `skipline_database_up` is 0, and jobs and workers are not
+    told, while the database does not answer."""
+    text = await run_in_threadpool(services.metering.exposition)
+    return Response(text, media_type=CONTENT_TYPE_PLAIN_0_0_4)

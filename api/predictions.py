@@ -118,13 +118,15 @@ async def _predict(asked: PredictionRequest, services: Services) -> schemas.Pred
         _prediction(name, row, answer.classes, asked.options.top_k, reject_below)
         for name, row in zip(asked.names, probabilities, strict=True)
     ]
+    decode_ms = 1000 * (decoded - started)
+    services.metering.count_prediction(len(images), decode_ms, answer)
     if answer.look is not None:
         work = partial(_with_look, predictions, images, answer, asked.options)
         predictions = await services.drawing.run(work)
     return schemas.Predictions(
         model=model.document,
         predictions=predictions,
-        timing_ms=_timing(1000 * (decoded - started), answer),
+        timing_ms=_timing(decode_ms, answer),
     )
 
 

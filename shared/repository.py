@@ -1268,11 +1268,10 @@ def _worker_document(
         )
         for device in row.devices or []
     ]
-    status = "draining" if row.is_draining else "active"
     return schemas.Worker(
         id=row.id,
         host=row.host,
-        status=status if is_alive else "lost",
+        status=_worker_status(row.is_draining, is_alive),
         num_slots=row.num_slots,
         num_cores=row.num_cores,
         devices=devices,
@@ -1280,3 +1279,39 @@ def _worker_document(
         started_at=row.started_at or row.seen_at,
         seen_at=row.seen_at,
     )
+
+
+def _worker_status(is_draining: bool, is_alive: bool) -> Literal["active", "draining", "lost"]:
+    if not is_alive:
+        return "lost"
+    return "draining" if is_draining else "active"
+
+
+# ------------------------------------------------------------------------------------------- census
+
+
+@dataclass(frozen=True)
+class Census:
+    """How many jobs there are of each kind and status, and how many workers of each status; and how
+    long the job has waited that joined the queue first, 0 where none waits."""
+
+    jobs: Mapping[tuple[str, str], int]
+    workers: Mapping[str, int]
+    longest_wait_seconds: float
+
+
+def census(session: Session) -> Census:
+    """Counts jobs and workers; a status that none has is counted as 0."""
+    jobs = {(kind.value, status.value): 0 for kind in JobKind for status in JobStatus}
+    counts = select(Job.kind, Job.status, func.count()).group_by(Job.kind, Job.status)
+    for kind, job_status, number in session.execute(counts):
+        jobs[kind, job_status] = number
+    workers = dict.fromkeys(("active", "draining", "lost"), 0)
+    alive = _IS_ALIVE.label("is_alive")
+    seen = select(Worker.is_draining, alive, func.count()).group_by(Worker.is_draining, alive)
+    for is_draining, is_alive, number in session.execute(seen):
+        workers[_worker_status(is_draining, is_alive)] += number
+    oldest = select(func.min(Job.created_at)).where(lifecycle.IS_READY)
+    now, first = session.execute(select(db_now(), oldest.scalar_subquery())).one()
+    waited = 0.0 if first is None else max(0.0, (now - first).total_seconds())
+    return Census(jobs, workers, waited)

@@ -90,6 +90,11 @@ class Inference:
         finally:
             self._num_places_taken -= 1
 
+    @property
+    def num_places_taken(self) -> int:
+        """How many predictions are in work or wait."""
+        return self._num_places_taken
+
     def submit(self, key: ModelKey, images: Square, *, looks: bool = False) -> Future[Answer]:
         """Queues images uint8 [B, S, S, 3]; `looks`: to be looked at more closely, which takes
         twice as long. The future raises what `ModelCache.get` raises."""

@@ -143,7 +143,7 @@ def test_it_is_ready_without_a_model_too(
 def test_it_serves_nothing_else(sqlite_settings: Any, start_server: Any) -> None:
     api = start_server(sqlite_settings, role="predict")
     paths = set(api.get("/openapi.json").json()["paths"])
-    assert paths == {"/predict", "/models/loaded", "/healthz", "/readyz"}
+    assert paths == {"/predict", "/models/loaded", "/healthz", "/readyz", "/metrics"}
     for path in ("/jobs", "/models", "/models/production", "/datasets", "/workers"):
         assert api.get(path).status_code == 404
 
