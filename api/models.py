@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from functools import partial
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter, Depends, Query
 from pydantic import TypeAdapter, ValidationError
 from sqlalchemy.exc import IntegrityError
 
 from api import examples, openapi
 from api.bodies import json_body
-from api.dependencies import PageDep, Services, ServicesDep, SubmitterDep, unknown_cursor
-from shared import aliases
-from shared.errors import AliasNotFound, InvalidInput
+from api.dependencies import (
+    PageDep,
+    Services,
+    ServicesDep,
+    SubmitterDep,
+    is_id,
+    unknown_cursor,
+)
+from shared import aliases, promotion
+from shared.errors import AliasNotFound, DatasetNotFound, InvalidInput, ModelNotFound
+from shared.promotion import Guard
 from skipline import schemas
 from skipline.specs import AliasChange, AliasName, error_items
 
@@ -37,6 +46,40 @@ async def _known_name(alias: str) -> str:
 
 AliasDep = Annotated[str, Depends(_known_name)]
 """The `alias` of the path, of one that may be there."""
+
+
+async def _guard(
+    require: Annotated[
+        str | None,
+        Query(max_length=1000, description="Conditions: top1>=0.93,min_class_accuracy>=0.8"),
+    ] = None,
+    against: Annotated[
+        str | None, Query(description="A model than which this one must be no worse")
+    ] = None,
+    dataset: Annotated[
+        str | None, Query(description="To judge it by; what it was trained on by default")
+    ] = None,
+    split: Annotated[
+        Literal["train", "val", "test"] | None, Query(description="test by default, else val")
+    ] = None,
+) -> Guard | None:
+    """None where nothing is asked of the model."""
+    if require is None and against is None:
+        for loc, given in (("dataset", dataset), ("split", split)):
+            if given is not None:
+                message = "Say with require or against what is asked of the model"
+                raise InvalidInput(message, errors=[{"loc": loc, "message": message}])
+        return None
+    if against is not None and not is_id(against):
+        raise ModelNotFound("There is no checkpoint, no job and no alias of this name")
+    if dataset is not None and not dataset.isprintable():
+        raise DatasetNotFound("There is no stored dataset of this id, label or name")
+    floors = promotion.parse_floors(require) if require is not None else ()
+    return Guard(floors, against, dataset, split)
+
+
+GuardDep = Annotated[Guard | None, Depends(_guard)]
+"""What the query asks of a model."""
 
 
 @router.get(
@@ -74,23 +117,36 @@ def put_model(
     change: Annotated[AliasChange, Depends(json_body(parse_change))],
     services: ServicesDep,
     submitter: SubmitterDep,
+    guard: GuardDep,
 ) -> schemas.Model:
     """Makes the alias, or moves it: from the moment of the answer on, every prediction that asks
-    for it comes from the new model. Without `checkpoint_id` only notes and tags are changed."""
+    for it comes from the new model. Without `checkpoint_id` only notes and tags are changed.
+
+    With `require` or `against` only if the model's report on these images allows it: 409
+    `promotion_refused` names the figures that do not, 409 `not_evaluated` the evaluation that is
+    missing."""
+    if guard is not None and change.checkpoint_id is None:
+        message = "Name the model that is to keep the conditions"
+        raise InvalidInput(message, errors=[{"loc": "checkpoint_id", "message": message}])
     try:
         name = _name.validate_python(alias)
     except ValidationError as error:
         message = f"Give 1 to 64 of a-z, 0-9, ., _ and -. {error_items(error)[0]['message']}"
         raise InvalidInput(message, errors=[{"loc": "alias", "message": message}]) from None
     try:
-        return _put(services, name, change, submitter)
+        return _put(services, name, change, submitter, guard)
     except IntegrityError:  # Somebody else made it at this moment.
-        return _put(services, name, change, submitter)
+        return _put(services, name, change, submitter, guard)
 
 
-def _put(services: Services, name: str, change: AliasChange, submitter: str) -> schemas.Model:
+def _put(
+    services: Services, name: str, change: AliasChange, submitter: str, guard: Guard | None
+) -> schemas.Model:
     with services.database.session_scope() as session:
-        if change.checkpoint_id is not None:
+        if change.checkpoint_id is not None and guard is not None:
+            check = partial(promotion.check, session, guard, name)
+            row = aliases.move_alias(session, name, change.checkpoint_id, submitter, check)
+        elif change.checkpoint_id is not None:
             row = aliases.move_alias(session, name, change.checkpoint_id, submitter)
         else:
             row = aliases.get_alias(session, name, lock=True)

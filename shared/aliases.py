@@ -6,7 +6,7 @@ its last move, is kept as long as that is so.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
@@ -28,9 +28,16 @@ def get_alias(session: Session, name: str, *, lock: bool = False) -> Alias:
     return row
 
 
-def move_alias(session: Session, name: str, reference: str, submitter: str) -> Alias:
+def move_alias(
+    session: Session,
+    name: str,
+    reference: str,
+    submitter: str,
+    check: Callable[[Checkpoint], None] = lambda checkpoint: None,
+) -> Alias:
     """Lets the alias, which is made if need be, stand for a model (a checkpoint's id, a job's, or
-    another alias). Nothing changes where it does so already.
+    another alias). Nothing changes where it does so already. `check` is shown the checkpoint while
+    nobody else can move the alias, and raises what is against it.
 
     Raises:
         ModelNotFound, NoCheckpointYet: as `repository.find_model`.
@@ -39,6 +46,7 @@ def move_alias(session: Session, name: str, reference: str, submitter: str) -> A
     # The checkpoint before the alias: whoever deletes a job locks in this order, too.
     checkpoint = repository.pin_model(session, reference)
     row = session.scalar(select(Alias).where(Alias.name == name).with_for_update())
+    check(checkpoint)
     if row is not None and row.checkpoint_id == checkpoint.id:
         return row
     move = _record(session, name, checkpoint, submitter)

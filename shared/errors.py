@@ -155,6 +155,20 @@ class JobInUse(Conflict):
     title = "The job is in use"
 
 
+class PromotionRefused(Conflict):
+    """A model does not keep what was asked of it; `errors` says in which figures."""
+
+    code = "promotion_refused"
+    title = "The model is not good enough"
+
+
+class NotEvaluated(Conflict):
+    """There is no report on the images that a model is to be judged by."""
+
+    code = "not_evaluated"
+    title = "The model was not evaluated on these images"
+
+
 class NothingToTakeBack(Conflict):
     """The alias never stood for another model, or that one is gone."""
 

@@ -1056,6 +1056,27 @@ def get_report(session: Session, job_id: str) -> schemas.Report:
     return schemas.Report.model_validate(report.document)
 
 
+def find_report(
+    session: Session, checkpoint: Checkpoint, dataset_id: str, split: str
+) -> schemas.Report | None:
+    """The newest report on this checkpoint and these images: its training's, or an evaluation's."""
+    document = Report.document
+    query = (
+        select(document)
+        .join(Job, Job.id == Report.job_id)
+        .where(
+            (Job.id == checkpoint.job_id) | (Job.checkpoint_id == checkpoint.id),
+            document["checkpoint_id"].as_string() == checkpoint.id,
+            document["dataset_id"].as_string() == dataset_id,
+            document["split"].as_string() == split,
+        )
+        .order_by(Job.finished_at.desc(), Job.id.desc())
+        .limit(1)
+    )
+    found = session.scalar(query)
+    return None if found is None else schemas.Report.model_validate(found)
+
+
 def calibration_of(session: Session, checkpoint: Checkpoint) -> tuple[float | None, float | None]:
     """`temperature` and `reject_below` of the report that the checkpoint's training ended with, as
     far as it is on this very checkpoint. Read without the rest of the document, which may be

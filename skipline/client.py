@@ -596,12 +596,22 @@ class Skipline:
         *,
         notes: str | None = None,
         tags: Sequence[str] | None = None,
+        require: str | None = None,
+        against: str | None = None,
+        dataset: str | None = None,
+        split: str | None = None,
     ) -> Model:
         """Lets the alias stand for a model: a checkpoint's id, a job's for its best checkpoint, or
-        another alias; without one only `notes` and `tags` are changed. What is None stays."""
+        another alias; without one only `notes` and `tags` are changed. What is None stays.
+
+        With `require` (`top1>=0.93,min_class_accuracy>=0.8`) or `against`, another model that this
+        one must not be worse than, only if its report on `dataset` and `split` allows it: otherwise
+        a `SkiplineError` with the code `promotion_refused`, or `not_evaluated`."""
         change = {"checkpoint_id": model, "notes": notes, "tags": tags}
         given = {key: value for key, value in change.items() if value is not None}
-        return self._ask(Model, "PUT", f"models/{_segment(alias)}", json=given)
+        asked = {"require": require, "against": against, "dataset": dataset, "split": split}
+        params = {key: value for key, value in asked.items() if value is not None}
+        return self._ask(Model, "PUT", f"models/{_segment(alias)}", json=given, params=params)
 
     def rollback(self, alias: str = PRODUCTION) -> Model:
         """Lets the alias stand for what it stood for before its last move."""

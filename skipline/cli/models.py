@@ -66,11 +66,31 @@ def promote(
     tags: Annotated[
         list[str] | None, typer.Option("--tag", help="In place of those it has; repeatable.")
     ] = None,
+    require: Annotated[
+        str | None, typer.Option(help="Only if its report says so: top1>=0.93,ece<=0.05")
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Only if it is no worse than this one.")
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="To judge it by; what it was trained on by default.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Of that dataset.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Let an alias stand for a model."""
+    """Let an alias stand for a model, if you like on conditions; 1 where it is refused."""
     with Skipline() as client:
-        _tell(client.promote(model, alias, notes=notes, tags=tags), as_json)
+        promoted = client.promote(
+            model,
+            alias,
+            notes=notes,
+            tags=tags,
+            require=require,
+            against=against,
+            dataset=dataset,
+            split=split,
+        )
+        _tell(promoted, as_json)
 
 
 @app.command()

@@ -70,6 +70,18 @@ def test_a_model_is_promoted_to_production_unless_told_otherwise(server: Server)
     ]
 
 
+def test_conditions_of_a_promotion_are_passed_on_and_a_refusal_is_told(server: Server) -> None:
+    errors = [{"loc": "top1", "message": "It is 0.5; top1 >= 0.9 is required"}]
+    refusal = answer_problem(409, "promotion_refused", "production stays what it is", errors)
+    server.on("PUT /models/production", refusal)
+    options = ("--require", "top1>=0.9", "--against", "production", "--split", "val")
+    result = run("promote", "job-1", *options)
+    assert result.exit_code == 1
+    assert "top1 >= 0.9 is required" in " ".join(result.output.split())
+    [asked] = server.asked
+    assert asked.query == {"require": "top1>=0.9", "against": "production", "split": "val"}
+
+
 def test_a_move_is_taken_back_and_told(server: Server) -> None:
     server.on("POST /models/production/rollback", answer_json(model_document()))
     assert "checkpoint-2" in run("rollback").output
