@@ -477,6 +477,11 @@ NOT_READY: Document = {
     "checks": {"database": "ok", "broker": "no answer within 3 s", "storage": "ok"},
 }
 
+CARD = """# production
+
+An image classifier: resnet18, trained on digits, as of epoch 5.
+"""
+
 EXPOSITION = """# HELP skipline_jobs Stored jobs
 # TYPE skipline_jobs gauge
 skipline_jobs{kind="train",status="queued"} 2.0

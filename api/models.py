@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Query
+from fastapi import APIRouter, Depends, Query, Response
 from pydantic import TypeAdapter, ValidationError
 from sqlalchemy.exc import IntegrityError
 
 from api import examples, openapi
 from api.bodies import json_body
+from api.cards import write_card
 from api.dependencies import (
     PageDep,
     Services,
@@ -19,11 +21,17 @@ from api.dependencies import (
     is_id,
     unknown_cursor,
 )
-from shared import aliases, promotion
-from shared.errors import AliasNotFound, DatasetNotFound, InvalidInput, ModelNotFound
+from shared import aliases, datasets, promotion, repository
+from shared.errors import (
+    AliasNotFound,
+    DatasetNotFound,
+    InvalidInput,
+    ModelNotFound,
+    ReportNotReady,
+)
 from shared.promotion import Guard
 from skipline import schemas
-from skipline.specs import AliasChange, AliasName, error_items
+from skipline.specs import AliasChange, AliasName, TrainSpec, error_items, load_spec
 
 router = APIRouter(tags=["models"])
 
@@ -192,6 +200,28 @@ def list_history(
         items = [aliases.move_document(row) for row in rows[: page.limit]]
     next_ = str(items[-1].number) if len(rows) > page.limit else None
     return schemas.Page[schemas.AliasMove](items=items, next=next_)
+
+
+@router.get(
+    "/models/{alias}/card",
+    summary="Read a model's card",
+    response_class=Response,
+    responses=openapi.text(examples.CARD, problems=(404,), media_type=openapi.MARKDOWN),
+)
+def get_card(alias: AliasDep, services: ServicesDep) -> Response:
+    """In Markdown, made of what is stored: data, training, figures and limits."""
+    with services.database.read_scope() as session:
+        [model] = aliases.model_documents(session, [aliases.get_alias(session, alias)])
+        spec = load_spec(repository.get_job(session, model.job_id).spec)
+        report = None
+        with suppress(ReportNotReady):
+            report = repository.get_report(session, model.job_id)
+        row = datasets.find_dataset(session, model.dataset_id) if model.dataset_id else None
+        [dataset] = datasets.dataset_documents(session, [row]) if row else [None]
+    assert isinstance(spec, TrainSpec), "only trainings make models"
+    if report is not None and report.checkpoint_id != model.checkpoint_id:
+        report = None  # It is on another checkpoint of the training.
+    return Response(write_card(model, spec, dataset, report), media_type=openapi.MARKDOWN)
 
 
 @router.delete(

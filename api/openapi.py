@@ -20,6 +20,7 @@ from skipline.specs import PRODUCTION
 JSON = "application/json"
 PNG = "image/png"
 TEXT = "text/plain"
+MARKDOWN = "text/markdown"
 REF = "#/components/schemas/{model}"
 COMMON_PROBLEMS = (401, 500, 503)
 LOCATION = {"Location": {"description": "Where it is", "schema": {"type": "string"}}}
@@ -68,9 +69,11 @@ def file(media_type: str, problems: tuple[int, ...]) -> dict[int | str, Document
     return {200: answer, 304: not_modified, **refusals(problems)}
 
 
-def text(example: str, problems: tuple[int, ...]) -> dict[int | str, Document]:
-    """What a route answers that sends plain text."""
-    content = {TEXT: {"schema": {"type": "string"}, "example": example}}
+def text(
+    example: str, problems: tuple[int, ...], media_type: str = TEXT
+) -> dict[int | str, Document]:
+    """What a route answers that sends text."""
+    content = {media_type: {"schema": {"type": "string"}, "example": example}}
     answer = {"description": HTTPStatus.OK.phrase, "content": content}
     return {200: answer, **{code: _problem(code) for code in problems}}
 

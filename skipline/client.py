@@ -610,12 +610,15 @@ class Skipline:
         change = {"checkpoint_id": model, "notes": notes, "tags": tags}
         given = {key: value for key, value in change.items() if value is not None}
         asked = {"require": require, "against": against, "dataset": dataset, "split": split}
-        params = {key: value for key, value in asked.items() if value is not None}
-        return self._ask(Model, "PUT", f"models/{_segment(alias)}", json=given, params=params)
+        return self._ask(Model, "PUT", f"models/{_segment(alias)}", json=given, params=asked)
 
     def rollback(self, alias: str = PRODUCTION) -> Model:
         """Lets the alias stand for what it stood for before its last move."""
         return self._ask(Model, "POST", f"models/{_segment(alias)}/rollback")
+
+    def model_card(self, alias: str = PRODUCTION) -> str:
+        """What there is to know of a model before it is used, in Markdown."""
+        return self._content("text/markdown", f"models/{_segment(alias)}/card").text
 
     def model_history(self, alias: str = PRODUCTION) -> list[AliasMove]:
         """What the alias has stood for, the newest first."""

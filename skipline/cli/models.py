@@ -1,4 +1,4 @@
-"""`skipline models ls | promote | rollback | history | rm`."""
+"""`skipline models ls | promote | rollback | history | card | rm`."""
 
 from __future__ import annotations
 
@@ -113,6 +113,17 @@ def history(alias: AliasArgument = PRODUCTION, as_json: JsonOption = False) -> N
         what = move.checkpoint_id or "(deleted)"
         table.add_row(str(move.number), what, move.job_id or "-", format_age(move.created_at))
     stdout().print(table)
+
+
+@app.command()
+def card(alias: AliasArgument = PRODUCTION, as_json: JsonOption = False) -> None:
+    """Print a model's card in Markdown: data, training, figures, limits."""
+    with Skipline() as client:
+        text = client.model_card(alias)
+    if as_json:
+        print_json({"alias": alias, "text": text})
+    else:
+        typer.echo(text, nl=False)
 
 
 @app.command()

@@ -8,7 +8,7 @@ from typing import Any
 from typer.testing import CliRunner, Result
 
 from skipline.cli import app
-from tests.skipline.replay import TIME, Server, answer_json, answer_problem
+from tests.skipline.replay import TIME, Answer, Server, answer_json, answer_problem
 
 
 def run(*arguments: str) -> Result:
@@ -80,6 +80,13 @@ def test_conditions_of_a_promotion_are_passed_on_and_a_refusal_is_told(server: S
     assert "top1 >= 0.9 is required" in " ".join(result.output.split())
     [asked] = server.asked
     assert asked.query == {"require": "top1>=0.9", "against": "production", "split": "val"}
+
+
+def test_a_card_is_printed_as_it_is(server: Server) -> None:
+    card = "# production\n\nAn image classifier.\n"
+    server.on("GET /models/production/card", Answer(card.encode(), 200, "text/markdown"))
+    assert run("card").output == card
+    assert json.loads(run("card", "--json").output) == {"alias": "production", "text": card}
 
 
 def test_a_move_is_taken_back_and_told(server: Server) -> None:
