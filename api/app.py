@@ -11,6 +11,7 @@ from fastapi import Depends, FastAPI
 
 from api import (
     architectures,
+    comparisons,
     dataset_images,
     datasets,
     docs,
@@ -61,6 +62,7 @@ _MODULES = {
         recipes,
         predictions,
         models,
+        comparisons,
         health,
         docs,
     ),

@@ -477,6 +477,34 @@ NOT_READY: Document = {
     "checks": {"database": "ok", "broker": "no answer within 3 s", "storage": "ok"},
 }
 
+COMPARISON: Document = {
+    "a": {"checkpoint_id": _CHECKPOINT_ID, "job_id": _JOB_ID, "arch": "resnet18", "epoch": 5},
+    "b": {"checkpoint_id": _CHECKPOINT_ID, "job_id": _JOB_ID, "arch": "resnet18", "epoch": 9},
+    "dataset": "digits",
+    "dataset_id": _DATASET_ID,
+    "split": "test",
+    "num_samples": 355,
+    "top1_a": 0.9718,
+    "top1_b": 0.9831,
+    "difference": 0.0113,
+    "difference_interval": [-0.001, 0.0236],
+    "p_value": 0.2188,
+    "num_lost": 1,
+    "num_gained": 5,
+    "agreement": 0.9803,
+    "per_class": [
+        {
+            "label": "8",
+            "num_samples": 34,
+            "accuracy_a": 0.9118,
+            "accuracy_b": 0.9706,
+            "difference": 0.0588,
+        }
+    ],
+    "lost": [{"split": "test", "index": 12, "label": "0", "called_a": "0", "called_b": "6"}],
+    "gained": [{"split": "test", "index": 290, "label": "8", "called_a": "1", "called_b": "8"}],
+}
+
 CARD = """# production
 
 An image classifier: resnet18, trained on digits, as of epoch 5.

@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 
 from shared import lifecycle, repository
 from shared.database import db_now
-from shared.errors import DatasetGone, DatasetInUse, DatasetNotFound, UnknownDataset
+from shared.errors import DatasetGone, DatasetInUse, DatasetNotFound, InvalidInput, UnknownDataset
 from shared.tables import Checkpoint, Dataset, DatasetVersion, Job
 from skipline import schemas
 from skipline.catalog import BUILTIN_DATASETS, DatasetFacts
@@ -102,6 +102,26 @@ def get_dataset(session: Session, reference: str) -> Dataset:
     if dataset is None:
         raise DatasetNotFound("There is no stored dataset of this id, label or name")
     return dataset
+
+
+def get_split(session: Session, reference: str | None, split: str | None) -> tuple[Dataset, str]:
+    """The images that models are judged by: a dataset and one of its splits, by default `test`,
+    else `val`.
+
+    Raises:
+        DatasetNotFound: as `get_dataset`.
+        InvalidInput: there is no such split, or no dataset is named.
+    """
+    if reference is None:
+        message = "What the model was trained on is unknown: name a dataset to judge it by"
+        raise InvalidInput(message, errors=[{"loc": "dataset", "message": message}])
+    dataset = get_dataset(session, reference)
+    split = split or ("test" if "test" in dataset.splits else "val")
+    # A training may have held images out itself: then `val` is a split of its report alone.
+    if split not in dataset.splits and split != "val":
+        message = f"{dataset.name} has {', '.join(dataset.splits)}"
+        raise InvalidInput(message, errors=[{"loc": "split", "message": message}])
+    return dataset, split
 
 
 def list_datasets(

@@ -107,15 +107,7 @@ def check(session: Session, guard: Guard, alias: str, checkpoint: Checkpoint) ->
 
 def _images(session: Session, guard: Guard, checkpoint: Checkpoint) -> tuple[Dataset, str]:
     reference = guard.dataset or repository.get_job(session, checkpoint.job_id).dataset_id
-    if reference is None:
-        message = "What the model was trained on is unknown: name a dataset to judge it by"
-        raise InvalidInput(message, errors=[{"loc": "dataset", "message": message}])
-    dataset = datasets.get_dataset(session, reference)
-    split = guard.split or ("test" if "test" in dataset.splits else "val")
-    if split not in dataset.splits:
-        message = f"{dataset.name} has {', '.join(dataset.splits)}"
-        raise InvalidInput(message, errors=[{"loc": "split", "message": message}])
-    return dataset, split
+    return datasets.get_split(session, reference, guard.split)
 
 
 def _report(

@@ -14,6 +14,7 @@ from sqlalchemy import (
     BigInteger,
     ColumnElement,
     Row,
+    Select,
     cast,
     delete,
     func,
@@ -52,6 +53,7 @@ from shared.tables import (
     Job,
     LogPart,
     MetricPoint,
+    Outcomes,
     Picture,
     Report,
     Summary,
@@ -1041,9 +1043,24 @@ def pin_model(session: Session, reference: str) -> Checkpoint:
 # -------------------------------------------------------------------------------------- reports
 
 
-def add_report(session: Session, job_id: str, report: schemas.Report) -> None:
-    """Stores the report of a job that is about to finish, in the same transaction."""
+class EncodedOutcomes(NamedTuple):
+    """What an evaluation said of each image of a stored split, as `shared.comparison` packs it."""
+
+    split: str
+    columns: bytes
+
+
+def add_report(
+    session: Session,
+    job_id: str,
+    report: schemas.Report,
+    outcomes: EncodedOutcomes | None = None,
+) -> None:
+    """Stores the report of a job that is about to finish, in the same transaction; with it what
+    became of each image."""
     session.add(Report(job_id=job_id, document=report.model_dump(mode="json")))
+    if outcomes is not None:
+        session.add(Outcomes(job_id=job_id, split=outcomes.split, columns=outcomes.columns))
     session.flush()
 
 
@@ -1060,10 +1077,28 @@ def find_report(
     session: Session, checkpoint: Checkpoint, dataset_id: str, split: str
 ) -> schemas.Report | None:
     """The newest report on this checkpoint and these images: its training's, or an evaluation's."""
+    query: Select[Any] = select(Report.document)
+    query = _newest_first(query, checkpoint, dataset_id, split)
+    found = session.scalar(query)
+    return None if found is None else schemas.Report.model_validate(found)
+
+
+def find_outcomes(
+    session: Session, checkpoint: Checkpoint, dataset_id: str, split: str
+) -> EncodedOutcomes | None:
+    """What the checkpoint said of each of these images, the last time that it was asked."""
+    query: Select[Any] = select(Outcomes).join(Report, Report.job_id == Outcomes.job_id)
+    row = session.scalar(_newest_first(query, checkpoint, dataset_id, split))
+    return None if row is None else EncodedOutcomes(row.split, row.columns)
+
+
+def _newest_first(
+    query: Select[Any], checkpoint: Checkpoint, dataset_id: str, split: str
+) -> Select[Any]:
+    """The newest of the reports on this checkpoint and these images."""
     document = Report.document
-    query = (
-        select(document)
-        .join(Job, Job.id == Report.job_id)
+    return (
+        query.join(Job, Job.id == Report.job_id)
         .where(
             (Job.id == checkpoint.job_id) | (Job.checkpoint_id == checkpoint.id),
             document["checkpoint_id"].as_string() == checkpoint.id,
@@ -1073,8 +1108,6 @@ def find_report(
         .order_by(Job.finished_at.desc(), Job.id.desc())
         .limit(1)
     )
-    found = session.scalar(query)
-    return None if found is None else schemas.Report.model_validate(found)
 
 
 def calibration_of(session: Session, checkpoint: Checkpoint) -> tuple[float | None, float | None]:

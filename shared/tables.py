@@ -332,6 +332,16 @@ class Report(Base):
     document: Mapped[dict[str, Any]]
 
 
+class Outcomes(Base):
+    """What an evaluation said of each image: `shared.comparison.Outcomes`, encoded."""
+
+    __tablename__ = "outcomes"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    split: Mapped[str] = mapped_column(String(16))
+    columns: Mapped[bytes] = mapped_column(LargeBinary)
+
+
 class Summary(Base):
     """The network of a training, layer by layer."""
 

@@ -25,6 +25,7 @@ from skipline.schemas import (
     Architecture,
     Attempt,
     Checkpoint,
+    Comparison,
     Dataset,
     DatasetImage,
     DatasetPage,
@@ -615,6 +616,14 @@ class Skipline:
     def rollback(self, alias: str = PRODUCTION) -> Model:
         """Lets the alias stand for what it stood for before its last move."""
         return self._ask(Model, "POST", f"models/{_segment(alias)}/rollback")
+
+    def compare(
+        self, a: str, b: str, *, dataset: str | None = None, split: str | None = None
+    ) -> Comparison:
+        """Two models (aliases, or ids of jobs or checkpoints) on images that both were evaluated
+        on; by default the split `test`, else `val`, of what `a` was trained on."""
+        query = {"a": a, "b": b, "dataset": dataset, "split": split}
+        return self._ask(Comparison, "GET", "compare", params=query)
 
     def model_card(self, alias: str = PRODUCTION) -> str:
         """What there is to know of a model before it is used, in Markdown."""

@@ -363,6 +363,61 @@ class Report(Document):
     confused: list[ConfusedPair] = []
 
 
+class ComparedModel(Document):
+    """One of two models."""
+
+    checkpoint_id: str
+    job_id: str
+    arch: str
+    epoch: int
+
+
+class ClassComparison(Document):
+    """A class that images were there of; `difference` is b's accuracy less a's."""
+
+    label: str
+    num_samples: int
+    accuracy_a: float
+    accuracy_b: float
+    difference: float
+
+
+class FlippedImage(Document):
+    """An image that one of the models has right; `GET /datasets/{id}/images/{split}/{index}` finds
+    it."""
+
+    split: str
+    index: int
+    label: str
+    called_a: str
+    called_b: str
+
+
+class Comparison(Document):
+    """Two models on the same images. `difference`: b's top-1 less a's. `p_value`: of McNemar's
+    exact test; small where chance alone would hardly make such a difference. `num_lost`: images
+    that a has right and b wrong; `num_gained`: the other way round; the first 100 of each are in
+    `lost` and `gained`. `agreement`: the share of images that both call the same."""
+
+    a: ComparedModel
+    b: ComparedModel
+    dataset: str
+    dataset_id: str
+    split: Literal["train", "val", "test"]
+    num_samples: int
+    top1_a: float
+    top1_b: float
+    difference: float
+    difference_interval: Interval
+    p_value: float
+    num_lost: int
+    num_gained: int
+    agreement: float
+    per_class: list[ClassComparison]
+    lost: list[FlippedImage]
+    gained: list[FlippedImage]
+
+
 class LayerSummary(Document):
     """One layer of a network; `output_shape` is that of one image: [K, h, w] or [K]."""
 

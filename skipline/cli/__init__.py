@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 from skipline import server_commands
 from skipline.cli import (
+    compare,
     datasets,
     demo,
     evaluate,
@@ -72,6 +73,7 @@ app.add_typer(jobs.app, name="jobs")
 app.command("workers")(workers.workers)
 app.command("metrics")(metrics.metrics)
 app.command("summary")(summary.summary)
+app.command("compare")(compare.compare)
 app.command("recipes")(recipes.recipes)
 app.command("predict")(predict.predict)
 app.add_typer(datasets.app, name="datasets")

@@ -20,6 +20,7 @@ from pydantic import SecretStr
 from api.app import Role, create_app
 from api.server import Server
 from shared import datasets, lifecycle, repository, schema
+from shared.comparison import Outcomes
 from shared.database import Database
 from shared.lifecycle import Fence
 from shared.repository import NewPoint
@@ -227,11 +228,17 @@ class Attempt:
         with self.worker.database.session_scope() as session:
             repository.add_event(session, self.fence, level, type_, message, data)
 
-    def finish(self, status: JobStatus = JobStatus.succeeded, report: Report | None = None) -> None:
+    def finish(
+        self,
+        status: JobStatus = JobStatus.succeeded,
+        report: Report | None = None,
+        outcomes: Outcomes | None = None,
+    ) -> None:
         error = {"code": "nan_loss", "message": "The loss is NaN", "hint": "Lower the lr"}
         with self.worker.database.session_scope() as session:
             if report is not None:
-                repository.add_report(session, self.fence.job_id, report)
+                packed = None if outcomes is None else outcomes.encode()
+                repository.add_report(session, self.fence.job_id, report, packed)
             lifecycle.finish(
                 session,
                 self.fence,

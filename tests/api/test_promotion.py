@@ -172,7 +172,7 @@ def test_what_is_judged_has_to_be_there(
     asked = {"require": "top1>=0.5"}
     response = promote(api, checkpoint_id, dataset="nothing", **asked)
     assert_problem(response, 404, "dataset_not_found")
-    response = promote(api, checkpoint_id, dataset="golden", split="val", **asked)
+    response = promote(api, checkpoint_id, dataset="golden", split="train", **asked)
     assert failing(assert_problem(response, 422, "invalid_input")) == {"split": "golden has test"}
     response = promote(api, checkpoint_id, split="val")
     assert set(failing(assert_problem(response, 422, "invalid_input"))) == {"split"}

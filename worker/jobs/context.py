@@ -10,6 +10,7 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from shared import lifecycle, repository
+from shared.comparison import Outcomes
 from shared.database import Database
 from shared.lifecycle import Fence
 from shared.settings import Settings
@@ -46,6 +47,7 @@ class Context:
         self,
         result: dict[str, Any],
         report: Report | None = None,
+        outcomes: Outcomes | None = None,
         stop_reason: str | None = None,
         pictures: Mapping[str, bytes] = MappingProxyType({}),
     ) -> None:
@@ -55,7 +57,8 @@ class Context:
             for name, png in pictures.items():
                 repository.add_picture(session, self.fence, name, png)
             if report is not None:
-                repository.add_report(session, self.fence.job_id, report)
+                packed = None if outcomes is None else outcomes.encode()
+                repository.add_report(session, self.fence.job_id, report, packed)
             lifecycle.finish(
                 session,
                 self.fence,

@@ -11,6 +11,7 @@ import torch
 from sqlalchemy.orm import Session
 
 from shared import datasets, repository
+from shared.comparison import Outcomes
 from shared.dataset_files import read_index
 from shared.errors import CheckpointCorrupt, ModelNotFound, NoCheckpointYet, TrainingError
 from shared.tables import Checkpoint, Dataset
@@ -166,4 +167,14 @@ def succeed(
     title = f"{subject.dataset}: the hardest images of {subject.split}"
     png = draw_hardest(images, report.hardest, title)
     figures = {name: getattr(report, name) for name in FIGURES}
-    context.succeed({**figures, **result}, report, stop_reason, {HARDEST: png})
+    outcomes = outcomes_of(evaluation, subject, data)
+    context.succeed({**figures, **result}, report, outcomes, stop_reason, {HARDEST: png})
+
+
+def outcomes_of(evaluation: Evaluation, subject: Subject, data: SplitData) -> Outcomes:
+    """What is kept to compare models by."""
+    rows = np.arange(len(data)) if data.rows is None else data.rows
+    order = np.argsort(rows)
+    stored_split, _, _ = subject.image_at(0)
+    columns = (rows, evaluation.labels, evaluation.predicted)
+    return Outcomes(stored_split, *(column[order].astype(np.int32) for column in columns))

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from shared import datasets, repository
+from shared.comparison import Outcomes
 from shared.dataset_files import read_index
 from shared.errors import TrainingError
 from shared.lifecycle import Action
@@ -18,6 +19,7 @@ from skipline.schemas import JobKind, JobStatus
 from tests.worker.jobs.conftest import (
     LOOKS_PER_EPOCH,
     NUM_TEST,
+    NUM_TRAIN,
     STEPS_PER_EPOCH,
     Shop,
     Supervised,
@@ -289,6 +291,34 @@ def test_an_evaluation_that_waited_finds_the_model_and_keeps_to_it(shop: Shop) -
     assert job.checkpoint_id == trained.result["checkpoint_id"] == job.result["checkpoint_id"]
     assert (job.result["split"], job.result["num_samples"]) == ("test", 2 * NUM_TEST)
     assert job.result["loss"] == pytest.approx(trained.result["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("val_fraction", [None, 0.25])
+def test_what_became_of_each_image_is_kept_with_the_report(
+    shop: Shop, val_fraction: float | None
+) -> None:
+    job_id = shop.train(epochs=1, val_fraction=val_fraction)
+    result = shop.attempt(job_id).result
+    report = shop.report(job_id)
+    assert result is not None
+    with shop.database.read_scope() as session:
+        checkpoint = repository.find_model(session, result["checkpoint_id"])
+        kept = repository.find_outcomes(session, checkpoint, report.dataset_id, report.split)
+    assert kept is not None
+    found = Outcomes.decode(kept)
+    assert len(found.rows) == report.num_samples == len(set(found.rows.tolist()))
+    assert (found.predicted == found.labels).mean() == pytest.approx(report.top1)
+    # The images of a split lie class by class: a row's place tells its label.
+    per_class = NUM_TEST if val_fraction is None else NUM_TRAIN
+    assert found.split == ("test" if val_fraction is None else "train")
+    assert (found.labels == found.rows // per_class).all()
+    hard = {(image.split, image.index): image for image in report.hardest}
+    assert len(hard) == report.num_samples
+    for row, label, predicted in zip(found.rows, found.labels, found.predicted, strict=True):
+        image = hard[found.split, int(row)]
+        assert (image.label, image.predicted) == tuple(
+            ("dark", "light")[index] for index in (label, predicted)
+        )
 
 
 def test_a_training_that_waited_starts_from_the_model_and_keeps_to_it(shop: Shop) -> None:
