@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from fastapi import APIRouter, Query
 from sqlalchemy.orm import Session
 
 from api import examples, openapi
-from api.dependencies import ServicesDep, is_id
+from api.dependencies import JudgedByDep, ServicesDep, check_model_reference
 from shared import comparison, datasets, repository
 from shared.comparison import Images, Outcomes
-from shared.errors import DatasetNotFound, ModelNotFound, NotEvaluated
-from shared.tables import Checkpoint, Dataset
+from shared.errors import NotEvaluated
+from shared.tables import Checkpoint
 from skipline import schemas
 from skipline.specs import TrainSpec, load_spec
 
@@ -29,24 +29,23 @@ Reference = Annotated[str, Query(description="An alias, or the id of a job or of
 def compare_models(
     a: Reference,
     b: Reference,
+    judged_by: JudgedByDep,
     services: ServicesDep,
-    dataset: Annotated[str | None, Query(description="What a was trained on by default")] = None,
-    split: Annotated[
-        Literal["train", "val", "test"] | None, Query(description="test by default, else val")
-    ] = None,
 ) -> schemas.Comparison:
     """On the images that both were evaluated on, at the end of a training or by a job of kind
-    `evaluate`: is one better than chance explains, in which classes, and on which images? 409
-    `not_evaluated` names the evaluation that is missing."""
-    if not is_id(a) or not is_id(b):
-        raise ModelNotFound("There is no checkpoint, no job and no alias of this name")
-    if dataset is not None and not dataset.isprintable():
-        raise DatasetNotFound("There is no stored dataset of this id, label or name")
+    `evaluate`; by default of what `a` was trained on. Is one better than chance explains, in which
+    classes, and on which images? 409 `not_evaluated` names the evaluation that is missing."""
+    for reference in (a, b):
+        check_model_reference(reference)
     with services.database.read_scope() as session:
         checkpoints = [repository.find_model(session, reference) for reference in (a, b)]
-        reference = dataset or repository.get_job(session, checkpoints[0].job_id).dataset_id
-        row, name = datasets.get_split(session, reference, split)
-        first, second = (_outcomes(session, checkpoint, row, name) for checkpoint in checkpoints)
+        trained_on = repository.get_job(session, checkpoints[0].job_id).dataset_id
+        dataset = judged_by.dataset or trained_on
+        row, name = datasets.get_split(session, dataset, judged_by.split)
+        first, second = (
+            Outcomes.decode(repository.outcomes_on(session, checkpoint, row, name))
+            for checkpoint in checkpoints
+        )
         models = _model(session, checkpoints[0]), _model(session, checkpoints[1])
         images = Images(row.name, row.id, name, tuple(row.classes))
     found = comparison.compare(models, (first, second), images)
@@ -56,17 +55,6 @@ def compare_models(
             "same split"
         )
     return found
-
-
-def _outcomes(session: Session, checkpoint: Checkpoint, dataset: Dataset, split: str) -> Outcomes:
-    outcomes = repository.find_outcomes(session, checkpoint, dataset.id, split)
-    if outcomes is None:
-        raise NotEvaluated(
-            f"What the checkpoint {checkpoint.id} said of each image of {dataset.name}/{split} is "
-            f"not stored: post a job of kind evaluate with model {checkpoint.id}, dataset "
-            f"{dataset.id} and split {split}, and ask again when it has succeeded"
-        )
-    return Outcomes.decode(outcomes)
 
 
 def _model(session: Session, checkpoint: Checkpoint) -> schemas.ComparedModel:

@@ -10,7 +10,7 @@ import hashlib
 import hmac
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from fastapi import Depends, Query, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
@@ -25,7 +25,7 @@ from api.stored_datasets import StoredDatasets
 from api.streams import StreamHub
 from shared.database import Database
 from shared.dispatch import Bell
-from shared.errors import InvalidInput, JobNotFound, Unauthorized
+from shared.errors import DatasetNotFound, InvalidInput, JobNotFound, ModelNotFound, Unauthorized
 from shared.settings import Settings
 from shared.storage import Storage
 
@@ -105,6 +105,12 @@ def is_id(value: str) -> bool:
     return len(value) <= MAX_ID_LENGTH and value.isprintable() and value.isascii()
 
 
+def check_model_reference(reference: str) -> None:
+    """Raises `ModelNotFound` for what can be no model's."""
+    if not is_id(reference):
+        raise ModelNotFound("There is no checkpoint, no job and no alias of this name")
+
+
 async def _job_id(job_id: str) -> str:
     if not is_id(job_id):
         raise JobNotFound("There is no job of this id")
@@ -113,6 +119,32 @@ async def _job_id(job_id: str) -> str:
 
 JobId = Annotated[str, Depends(_job_id)]
 """The `job_id` of the path."""
+
+
+@dataclass(frozen=True)
+class JudgedBy:
+    """The images that a client wants models judged by: None for those that they were trained for,
+    and of these the split `test`, else `val`."""
+
+    dataset: str | None
+    split: str | None
+
+
+async def _judged_by(
+    dataset: Annotated[
+        str | None, Query(description="To judge by; what the model was trained on by default")
+    ] = None,
+    split: Annotated[
+        Literal["train", "val", "test"] | None, Query(description="test by default, else val")
+    ] = None,
+) -> JudgedBy:
+    if dataset is not None and not dataset.isprintable():
+        raise DatasetNotFound("There is no stored dataset of this id, label or name")
+    return JudgedBy(dataset, split)
+
+
+JudgedByDep = Annotated[JudgedBy, Depends(_judged_by)]
+"""What the query asks for."""
 
 
 def unknown_cursor() -> InvalidInput:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import asdict
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Response
 from pydantic import TypeAdapter, ValidationError
@@ -14,19 +15,18 @@ from api import examples, openapi
 from api.bodies import json_body
 from api.cards import write_card
 from api.dependencies import (
+    JudgedByDep,
     PageDep,
     Services,
     ServicesDep,
     SubmitterDep,
-    is_id,
+    check_model_reference,
     unknown_cursor,
 )
 from shared import aliases, datasets, promotion, repository
 from shared.errors import (
     AliasNotFound,
-    DatasetNotFound,
     InvalidInput,
-    ModelNotFound,
     ReportNotReady,
 )
 from shared.promotion import Guard
@@ -64,26 +64,20 @@ async def _guard(
     against: Annotated[
         str | None, Query(description="A model than which this one must be no worse")
     ] = None,
-    dataset: Annotated[
-        str | None, Query(description="To judge it by; what it was trained on by default")
-    ] = None,
-    split: Annotated[
-        Literal["train", "val", "test"] | None, Query(description="test by default, else val")
-    ] = None,
+    *,
+    judged_by: JudgedByDep,
 ) -> Guard | None:
     """None where nothing is asked of the model."""
     if require is None and against is None:
-        for loc, given in (("dataset", dataset), ("split", split)):
+        for loc, given in asdict(judged_by).items():
             if given is not None:
                 message = "Say with require or against what is asked of the model"
                 raise InvalidInput(message, errors=[{"loc": loc, "message": message}])
         return None
-    if against is not None and not is_id(against):
-        raise ModelNotFound("There is no checkpoint, no job and no alias of this name")
-    if dataset is not None and not dataset.isprintable():
-        raise DatasetNotFound("There is no stored dataset of this id, label or name")
+    if against is not None:
+        check_model_reference(against)
     floors = promotion.parse_floors(require) if require is not None else ()
-    return Guard(floors, against, dataset, split)
+    return Guard(floors, against, judged_by.dataset, judged_by.split)
 
 
 GuardDep = Annotated[Guard | None, Depends(_guard)]

@@ -15,7 +15,7 @@ from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
 
 from api import examples, openapi
-from api.dependencies import Services, ServicesDep, is_id
+from api.dependencies import Services, ServicesDep, check_model_reference
 from api.prediction_requests import PredictionOptions, PredictionRequest, read_request
 from api.serving.cache import ModelKey
 from api.serving.explanations import encoded, overlay
@@ -24,7 +24,7 @@ from api.serving.inference import Answer
 from api.waiting import while_waited_for
 from shared import repository
 from shared.database import Database
-from shared.errors import CheckpointCorrupt, ModelNotFound
+from shared.errors import CheckpointCorrupt
 from skipline import schemas
 from skipline.specs import TrainSpec, load_spec
 
@@ -41,8 +41,7 @@ class StoredModel:
 
 def find_model(database: Database, reference: str) -> StoredModel:
     """Raises `ModelNotFound` or `NoCheckpointYet`."""
-    if not is_id(reference):
-        raise ModelNotFound("There is no checkpoint, no job and no alias of this name")
+    check_model_reference(reference)
     with database.read_scope() as session:
         checkpoint = repository.find_model(session, reference)
         spec = load_spec(repository.get_job(session, checkpoint.job_id).spec)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from sqlalchemy.orm import Session
 
 from shared import datasets, repository
-from shared.errors import InvalidInput, ModelNotFound, NotEvaluated, PromotionRefused
+from shared.errors import InvalidInput, ModelNotFound, PromotionRefused
 from shared.tables import Checkpoint, Dataset
 from skipline import schemas
 
@@ -88,7 +88,7 @@ def check(session: Session, guard: Guard, alias: str, checkpoint: Checkpoint) ->
         InvalidInput: the dataset has no such split.
     """
     dataset, split = _images(session, guard, checkpoint)
-    report = _report(session, checkpoint, dataset, split)
+    report = repository.report_on(session, checkpoint, dataset, split)
     where = f"on {dataset.name}/{split}"
     errors = []
     for floor in guard.floors:
@@ -99,7 +99,8 @@ def check(session: Session, guard: Guard, alias: str, checkpoint: Checkpoint) ->
             errors.append({"loc": floor.name, "message": message})
     other = _other(session, guard.against, alias)
     if other is not None and other.id != checkpoint.id:
-        errors += _worse(report, _report(session, other, dataset, split), guard, where)
+        theirs = repository.report_on(session, other, dataset, split)
+        errors += _worse(report, theirs, guard, where)
     if errors:
         detail = "; ".join(f"{error['loc']}: {error['message']}" for error in errors)
         raise PromotionRefused(f"{alias} stays what it is. {detail}", errors=errors)
@@ -108,19 +109,6 @@ def check(session: Session, guard: Guard, alias: str, checkpoint: Checkpoint) ->
 def _images(session: Session, guard: Guard, checkpoint: Checkpoint) -> tuple[Dataset, str]:
     reference = guard.dataset or repository.get_job(session, checkpoint.job_id).dataset_id
     return datasets.get_split(session, reference, guard.split)
-
-
-def _report(
-    session: Session, checkpoint: Checkpoint, dataset: Dataset, split: str
-) -> schemas.Report:
-    report = repository.find_report(session, checkpoint, dataset.id, split)
-    if report is None:
-        raise NotEvaluated(
-            f"The checkpoint {checkpoint.id} was not evaluated on {dataset.name}/{split}: post a "
-            f"job of kind evaluate with model {checkpoint.id}, dataset {dataset.id} and split "
-            f"{split}, and ask again when it has succeeded"
-        )
-    return report
 
 
 def _other(session: Session, against: str | None, alias: str) -> Checkpoint | None:

@@ -38,6 +38,7 @@ from shared.errors import (
     JobNotFound,
     ModelNotFound,
     NoCheckpointYet,
+    NotEvaluated,
     PictureNotReady,
     ReportNotReady,
     SummaryNotReady,
@@ -1073,40 +1074,54 @@ def get_report(session: Session, job_id: str) -> schemas.Report:
     return schemas.Report.model_validate(report.document)
 
 
-def find_report(
-    session: Session, checkpoint: Checkpoint, dataset_id: str, split: str
-) -> schemas.Report | None:
-    """The newest report on this checkpoint and these images: its training's, or an evaluation's."""
+def report_on(
+    session: Session, checkpoint: Checkpoint, dataset: Dataset, split: str
+) -> schemas.Report:
+    """The newest report on this checkpoint and these images: its training's, or an evaluation's.
+    Raises `NotEvaluated`."""
     query: Select[Any] = select(Report.document)
-    query = _newest_first(query, checkpoint, dataset_id, split)
-    found = session.scalar(query)
-    return None if found is None else schemas.Report.model_validate(found)
+    document = _newest(session, query, checkpoint, dataset, split)
+    return schemas.Report.model_validate(document)
 
 
-def find_outcomes(
-    session: Session, checkpoint: Checkpoint, dataset_id: str, split: str
-) -> EncodedOutcomes | None:
-    """What the checkpoint said of each of these images, the last time that it was asked."""
+def outcomes_on(
+    session: Session, checkpoint: Checkpoint, dataset: Dataset, split: str
+) -> EncodedOutcomes:
+    """What the checkpoint said of each of these images, the last time that it was asked. Raises
+    `NotEvaluated`, also where only the report was kept."""
     query: Select[Any] = select(Outcomes).join(Report, Report.job_id == Outcomes.job_id)
-    row = session.scalar(_newest_first(query, checkpoint, dataset_id, split))
-    return None if row is None else EncodedOutcomes(row.split, row.columns)
+    row = _newest(session, query, checkpoint, dataset, split)
+    return EncodedOutcomes(row.split, row.columns)
 
 
-def _newest_first(
-    query: Select[Any], checkpoint: Checkpoint, dataset_id: str, split: str
-) -> Select[Any]:
-    """The newest of the reports on this checkpoint and these images."""
+def _newest(
+    session: Session, query: Select[Any], checkpoint: Checkpoint, dataset: Dataset, split: str
+) -> Any:
+    """Of what `query` reads of the reports on this checkpoint and these images."""
     document = Report.document
-    return (
+    found = session.scalar(
         query.join(Job, Job.id == Report.job_id)
         .where(
             (Job.id == checkpoint.job_id) | (Job.checkpoint_id == checkpoint.id),
             document["checkpoint_id"].as_string() == checkpoint.id,
-            document["dataset_id"].as_string() == dataset_id,
+            document["dataset_id"].as_string() == dataset.id,
             document["split"].as_string() == split,
         )
         .order_by(Job.finished_at.desc(), Job.id.desc())
         .limit(1)
+    )
+    if found is not None:
+        return found
+    where = f"{dataset.name}/{split}"
+    if split not in dataset.splits:
+        raise NotEvaluated(
+            f"The checkpoint {checkpoint.id} has no stored evaluation on {where}, which is what a "
+            f"training held out itself: name a split of the dataset, {', '.join(dataset.splits)}"
+        )
+    raise NotEvaluated(
+        f"The checkpoint {checkpoint.id} has no stored evaluation on {where}: post a job of kind "
+        f"evaluate with model {checkpoint.id}, dataset {dataset.id} and split {split}, and ask "
+        "again when it has succeeded"
     )
 
 

@@ -303,8 +303,8 @@ def test_what_became_of_each_image_is_kept_with_the_report(
     assert result is not None
     with shop.database.read_scope() as session:
         checkpoint = repository.find_model(session, result["checkpoint_id"])
-        kept = repository.find_outcomes(session, checkpoint, report.dataset_id, report.split)
-    assert kept is not None
+        dataset = datasets.get_dataset(session, report.dataset_id)
+        kept = repository.outcomes_on(session, checkpoint, dataset, report.split)
     found = Outcomes.decode(kept)
     assert len(found.rows) == report.num_samples == len(set(found.rows.tolist()))
     assert (found.predicted == found.labels).mean() == pytest.approx(report.top1)
