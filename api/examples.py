@@ -32,6 +32,7 @@ JOB_REQUESTS: Document = {
     },
     "recipe": {"recipe": "cifar10_resnet18", "epochs": 30},
     "evaluation": {"kind": "evaluate", "model": _JOB_ID, "dataset": "digits", "split": "test"},
+    "batch prediction": {"kind": "predict", "model": "production", "dataset": "digits"},
 }
 INGEST_REQUESTS: Document = {
     "folder": {"source": "path", "path": "flowers", "name": "flowers", "val_fraction": 0.1},
@@ -410,23 +411,44 @@ RECIPES: Document = {
 
 PREDICT_FORM: Document = {"image": ["(the bytes of an image file)"], "model": _JOB_ID, "top_k": 2}
 PREDICT_DOCUMENT: Document = {"images": ["(an image file in Base64)"], "model": "production"}
+_PREDICTING: Document = {
+    "checkpoint_id": _CHECKPOINT_ID,
+    "job_id": _JOB_ID,
+    "arch": "resnet18",
+    "epoch": 2,
+    "step": 22,
+    "temperature": 1.24,
+    "reject_below": 0.41,
+}
+_TOP = [
+    {"label": "7", "index": 7, "probability": 0.97},
+    {"label": "1", "index": 1, "probability": 0.02},
+]
+BATCH_PREDICTIONS: Document = {
+    "model": _PREDICTING,
+    "predictions": [
+        {
+            "image": "test/7/0003.png",
+            "split": "test",
+            "index": 258,
+            "label": "7",
+            "top": _TOP,
+            "confidence": 0.97,
+            "unknown": False,
+            "error": None,
+        }
+    ],
+}
+BATCH_CSV = (
+    "image,split,index,label,unknown,error,class_1,probability_1,class_2,probability_2\r\n"
+    "test/7/0003.png,test,258,7,false,,7,0.97,1,0.02\r\n"
+)
 PREDICTIONS: Document = {
-    "model": {
-        "checkpoint_id": _CHECKPOINT_ID,
-        "job_id": _JOB_ID,
-        "arch": "resnet18",
-        "epoch": 2,
-        "step": 22,
-        "temperature": 1.24,
-        "reject_below": 0.41,
-    },
+    "model": _PREDICTING,
     "predictions": [
         {
             "image": "seven.png",
-            "top": [
-                {"label": "7", "index": 7, "probability": 0.97},
-                {"label": "1", "index": 1, "probability": 0.02},
-            ],
+            "top": _TOP,
             "confidence": 0.97,
             "unknown": False,
             "explanation": None,

@@ -7,6 +7,7 @@ from io import StringIO
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, BackgroundTasks, Depends, Query, Response
+from fastapi.responses import FileResponse
 from pydantic import TypeAdapter
 
 from api import examples, openapi
@@ -21,10 +22,10 @@ from api.submission import (
     submit,
 )
 from shared import lifecycle, repository
-from shared.errors import InvalidInput
+from shared.errors import InvalidInput, PredictionsNotReady
 from shared.storage import Storage
 from skipline import schemas
-from skipline.specs import EvaluateSpec, JobRequest, TrainSpec, parse_request
+from skipline.specs import JobRequest, RequestSpec, parse_request
 
 router = APIRouter(tags=["jobs"])
 
@@ -34,7 +35,7 @@ CSV = "text/csv"
 @router.post(
     "/jobs",
     status_code=202,
-    summary="Start a training or an evaluation",
+    summary="Start a training, an evaluation or a batch prediction",
     response_model=schemas.Job,
     responses=openapi.responses(
         examples.TRAIN_JOB, 202, problems=(400, 404, 409, 413, 415, 422, 429), location=True
@@ -42,7 +43,7 @@ CSV = "text/csv"
     openapi_extra=openapi.json_body(TypeAdapter(JobRequest), examples.JOB_REQUESTS),
 )
 def create_job(
-    spec: Annotated[TrainSpec | EvaluateSpec, Depends(json_body(parse_request))],
+    spec: Annotated[RequestSpec, Depends(json_body(parse_request))],
     posting: JsonPostingDep,
     services: ServicesDep,
     background: BackgroundTasks,
@@ -262,6 +263,33 @@ def get_report(
     with services.database.read_scope() as session:
         report = repository.get_report(session, job_id)
     return report if format == "json" else Response(_class_table(report), media_type=CSV)
+
+
+@router.get(
+    "/jobs/{job_id}/predictions",
+    summary="Read a batch prediction's answers",
+    response_model=schemas.BatchPredictions,
+    responses=openapi.responses(
+        examples.BATCH_PREDICTIONS,
+        problems=(404, 422),
+        also={CSV: {"schema": {"type": "string"}, "example": examples.BATCH_CSV}},
+    ),
+)
+def get_predictions(
+    job_id: JobId,
+    services: ServicesDep,
+    format: Annotated[
+        Literal["json", "csv"], Query(description="csv: a line for each image")
+    ] = "json",
+) -> FileResponse:
+    """Of every image, in the order of the dataset or archive; 404 `predictions_not_ready` until
+    the job succeeds."""
+    with services.database.read_scope() as session:
+        key = repository.predictions_key(session, job_id)
+    path = services.storage.path(key) / f"predictions.{format}"
+    if not path.is_file():
+        raise PredictionsNotReady("The file is gone from the storage: post the job again")
+    return FileResponse(path, media_type=CSV if format == "csv" else "application/json")
 
 
 def _class_table(report: schemas.Report) -> str:

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
 
@@ -23,10 +21,10 @@ from api.serving.images import Square
 from api.serving.inference import Answer
 from api.waiting import while_waited_for
 from shared import repository
+from shared.answers import answers, predicting_model
 from shared.database import Database
 from shared.errors import CheckpointCorrupt
 from skipline import schemas
-from skipline.specs import TrainSpec, load_spec
 
 router = APIRouter(tags=["predictions"])
 
@@ -44,22 +42,9 @@ def find_model(database: Database, reference: str) -> StoredModel:
     check_model_reference(reference)
     with database.read_scope() as session:
         checkpoint = repository.find_model(session, reference)
-        spec = load_spec(repository.get_job(session, checkpoint.job_id).spec)
-        temperature, reject_below = repository.calibration_of(session, checkpoint)
-    assert isinstance(spec, TrainSpec)
+        document, spec = predicting_model(session, checkpoint)
     assert spec.image_size is not None, "stored specs are resolved"
-    return StoredModel(
-        key=ModelKey(checkpoint.id, checkpoint.key, spec.image_size),
-        document=schemas.PredictingModel(
-            checkpoint_id=checkpoint.id,
-            job_id=checkpoint.job_id,
-            arch=spec.model.arch,
-            epoch=checkpoint.epoch,
-            step=checkpoint.step,
-            temperature=temperature,
-            reject_below=reject_below,
-        ),
-    )
+    return StoredModel(ModelKey(checkpoint.id, checkpoint.key, spec.image_size), document)
 
 
 # Asynchronous, since it waits for two pools of threads in turn: a thread of the server's own pool
@@ -111,12 +96,9 @@ async def _predict(asked: PredictionRequest, services: Services) -> schemas.Pred
             raise
         model = newer
         answer = await _answer(services, model, images, asked.options)
-    probabilities = calibrated(answer.probabilities, model.document.temperature)
-    reject_below = model.document.reject_below
-    predictions = [
-        _prediction(name, row, answer.classes, asked.options.top_k, reject_below)
-        for name, row in zip(asked.names, probabilities, strict=True)
-    ]
+    predictions = answers(
+        model.document, asked.names, answer.probabilities, answer.classes, asked.options.top_k
+    )
     decode_ms = 1000 * (decoded - started)
     services.metering.count_prediction(len(images), decode_ms, answer)
     if answer.look is not None:
@@ -154,38 +136,6 @@ def _with_look(
             more["features"] = look.features[place].tolist()
         found.append(prediction.model_copy(update=more))
     return found
-
-
-def calibrated(
-    probabilities: npt.NDArray[np.float32], temperature: float | None
-) -> npt.NDArray[np.float32]:
-    """The softmax of logits divided by `temperature`, made of the softmax [B, C] of the logits."""
-    if temperature is None:
-        return probabilities
-    # A power of the ratio to the largest, which is 1: never 0 / 0, however high the power.
-    powers = (probabilities / probabilities.max(axis=1, keepdims=True)) ** (1 / temperature)
-    shares: npt.NDArray[np.float32] = powers / powers.sum(axis=1, keepdims=True)
-    return shares
-
-
-def _prediction(
-    name: str,
-    probabilities: npt.NDArray[np.float32],
-    classes: Sequence[str],
-    top_k: int,
-    reject_below: float | None,
-) -> schemas.ImagePrediction:
-    """`probabilities` float32 [num_classes]; equal ones are named in the order of the classes."""
-    order = np.argsort(-probabilities, kind="stable")[:top_k]
-    top = [
-        schemas.LabelProbability(
-            label=classes[index], index=int(index), probability=float(probabilities[index])
-        )
-        for index in order
-    ]
-    confidence = top[0].probability
-    unknown = reject_below is not None and confidence < reject_below
-    return schemas.ImagePrediction(image=name, top=top, confidence=confidence, unknown=unknown)
 
 
 def _timing(decode_ms: float, answer: Answer) -> dict[str, float]:

@@ -34,6 +34,8 @@ from skipline.specs import (
     AnySpec,
     EvaluateSpec,
     IngestSpec,
+    PredictSpec,
+    RequestSpec,
     TrainSpec,
     load_spec,
 )
@@ -157,6 +159,8 @@ def store(
         return _store_training(session, spec, submitter, kind)
     if isinstance(spec, EvaluateSpec):
         return _store_evaluation(session, spec, submitter)
+    if isinstance(spec, PredictSpec):
+        return _store_prediction(session, spec, submitter, settings)
     if spec.upload_id is not None:
         return _store_ingest_of_upload(session, spec, spec.upload_id, submitter, settings)
     if spec.path is not None:
@@ -267,6 +271,31 @@ def _store_evaluation(session: Session, spec: EvaluateSpec, submitter: str) -> J
     )
 
 
+def _store_prediction(
+    session: Session, spec: PredictSpec, submitter: str, settings: Settings
+) -> Job:
+    training, checkpoint = _find_model(session, spec.model, spec.after)
+    facts, dataset_id, upload = None, None, None
+    if spec.upload_id is not None:
+        upload = uploads.hold_for_job(session, settings.artifacts_path, spec.upload_id, submitter)
+    elif spec.dataset is not None:
+        facts, dataset_id = datasets.dataset_facts(session, spec.dataset, lock=True)
+    catalog.check_prediction(spec, facts)
+    trained = load_spec(training.spec)
+    assert isinstance(trained, TrainSpec), "only trainings make models"
+    job = repository.add_job(
+        session,
+        spec,
+        dataset_id=dataset_id,
+        checkpoint_id=checkpoint.id if checkpoint else None,
+        workload=_prediction_work(spec, trained, facts) if facts else None,
+        submitter=submitter,
+    )
+    if upload is not None:
+        uploads.pin(session, upload, job.id)
+    return job
+
+
 def _find_model(
     session: Session, reference: str, after: str | None
 ) -> tuple[Job, Checkpoint | None]:
@@ -336,7 +365,14 @@ def _evaluation_work(
     return Workload(_speed_key(spec, trained), facts.splits[spec.split])
 
 
-def _speed_key(spec: TrainSpec | EvaluateSpec, network: TrainSpec) -> str:
+def _prediction_work(
+    spec: PredictSpec, trained: TrainSpec, facts: catalog.DatasetFacts
+) -> Workload:
+    splits = [spec.split] if spec.split else list(facts.splits)
+    return Workload(_speed_key(spec, trained), sum(facts.splits[split] for split in splits))
+
+
+def _speed_key(spec: RequestSpec, network: TrainSpec) -> str:
     """What says most about how fast a job is."""
     where = spec.resources
     arch, size = network.model.arch, network.image_size

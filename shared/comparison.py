@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import zlib
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,8 @@ from skipline.schemas import ClassComparison, ComparedModel, Comparison, Flipped
 
 MAX_FLIPPED = 100
 """Told of each direction."""
-Z_95 = 1.959963984540054
+Z_95 = NormalDist().inv_cdf(0.975)
+"""Of a standard normal variable, 95 % lie within so much of 0."""
 
 Int32 = npt.NDArray[np.int32]
 

@@ -127,6 +127,11 @@ class ReportNotReady(NotFound):
     title = "The job has no report yet"
 
 
+class PredictionsNotReady(NotFound):
+    code = "predictions_not_ready"
+    title = "The job has made no predictions yet"
+
+
 class SummaryNotReady(NotFound):
     code = "summary_not_ready"
     title = "The job has no summary yet"

@@ -40,6 +40,7 @@ from shared.errors import (
     NoCheckpointYet,
     NotEvaluated,
     PictureNotReady,
+    PredictionsNotReady,
     ReportNotReady,
     SummaryNotReady,
 )
@@ -56,6 +57,7 @@ from shared.tables import (
     MetricPoint,
     Outcomes,
     Picture,
+    Predictions,
     Report,
     Summary,
     Worker,
@@ -472,6 +474,7 @@ def delete_job(session: Session, job_id: str) -> list[str]:
             "delete the alias, or move it twice"
         )
     keys = {row.key for row in rows}
+    keys.update(session.scalars(select(Predictions.key).where(Predictions.job_id == job_id)))
     session.connection().execute(delete(Job).where(Job.id == job_id))
     return unnamed_keys(session, keys)
 
@@ -954,13 +957,12 @@ def retire_checkpoints(session: Session, job_id: str, keep: Mapping[str, int]) -
 
 
 def unnamed_keys(session: Session, keys: Collection[str]) -> list[str]:
-    """Those of `keys` that no checkpoint and no dataset names, of whatever job: their files can
-    go."""
+    """Those of `keys` that no row names, of whatever job: their files can go."""
     unnamed = set(keys)
     for first in range(0, len(keys), MAX_ALTERNATIVES):
         part = sorted(keys)[first : first + MAX_ALTERNATIVES]
-        unnamed -= set(session.scalars(select(Checkpoint.key).where(Checkpoint.key.in_(part))))
-        unnamed -= set(session.scalars(select(Dataset.key).where(Dataset.key.in_(part))))
+        for column in (Checkpoint.key, Dataset.key, Predictions.key):
+            unnamed -= set(session.scalars(select(column).where(column.in_(part))))
     return sorted(unnamed)
 
 
@@ -1137,6 +1139,29 @@ def calibration_of(session: Session, checkpoint: Checkpoint) -> tuple[float | No
         )
     ).first()
     return (None, None) if row is None else (row[0], row[1])
+
+
+# ----------------------------------------------------------------------------- batch predictions
+
+
+def add_predictions(session: Session, fence: Fence, key: str) -> None:
+    """Names the folder with the job's answers; the attempt has to be about to end. Raises
+    `Superseded`."""
+    check_fence(session, fence)
+    session.add(Predictions(job_id=fence.job_id, key=key))
+    session.flush()
+
+
+def predictions_key(session: Session, job_id: str) -> str:
+    """Of the folder with the job's answers. Raises `JobNotFound`, or `PredictionsNotReady`."""
+    row = session.get(Predictions, job_id)
+    if row is None:
+        kind = get_job(session, job_id).kind
+        raise PredictionsNotReady(
+            f"The job is of kind {kind}, and has made none: ask one of kind predict that has "
+            "succeeded"
+        )
+    return row.key
 
 
 # ------------------------------------------------------------------------ summaries and pictures

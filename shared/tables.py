@@ -342,6 +342,16 @@ class Outcomes(Base):
     columns: Mapped[bytes] = mapped_column(LargeBinary)
 
 
+class Predictions(Base):
+    """The answers of a batch prediction, in files below `key` in the storage."""
+
+    __tablename__ = "predictions"
+    __table_args__ = (Index(None, "key"),)
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    key: Mapped[str] = mapped_column(String(255))
+
+
 class Summary(Base):
     """The network of a training, layer by layer."""
 

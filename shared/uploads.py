@@ -189,7 +189,7 @@ def check_archive(path: Path) -> None:
         head = file.read(HEAD_BYTES)
     if archive_kind(head) is None:
         what = "neither" if head else "empty, and no archive:"
-        raise BadArchive(f"The file is {what} {KINDS}: pack class folders as one of these")
+        raise BadArchive(f"The file is {what} {KINDS}: pack the images as one of these")
 
 
 def document(upload: Upload, settings: Settings, root: Path) -> schemas.Upload:

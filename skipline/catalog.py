@@ -17,6 +17,7 @@ from skipline.specs import (
     Cutout,
     EvaluateSpec,
     ModelSpec,
+    PredictSpec,
     RandomCrop,
     Step,
     TrainSpec,
@@ -451,13 +452,9 @@ def resolve_evaluation(
         SpecRefused: the split does not exist, the dataset has other classes than the model, or
             several processes are asked for.
     """
-    if spec.resources.num_processes > 1:
-        message = "An evaluation runs in one process"
-        raise SpecRefused([{"loc": "resources.num_processes", "message": message}])
+    _check_one_process(spec)
     split = spec.split or evaluation_split(dataset.splits)
-    if split not in dataset.splits:
-        have = ", ".join(dataset.splits) or "none"
-        raise SpecRefused([{"loc": "split", "message": f"No split {split}; there is: {have}"}])
+    _check_split(split, dataset)
     if model_classes != dataset.classes:
         difference = sorted(set(model_classes) ^ set(dataset.classes))[:10]
         detail = f"they differ in: {', '.join(difference)}" if difference else "their order differs"
@@ -465,3 +462,22 @@ def resolve_evaluation(
             [{"loc": "dataset", "message": f"The dataset's classes are not the model's; {detail}"}]
         )
     return spec.model_copy(update={"split": split})
+
+
+def check_prediction(spec: PredictSpec, dataset: DatasetFacts | None) -> None:
+    """Raises `SpecRefused`: the dataset has no such split, or several processes are asked for."""
+    _check_one_process(spec)
+    if dataset is not None and spec.split is not None:
+        _check_split(spec.split, dataset)
+
+
+def _check_one_process(spec: EvaluateSpec | PredictSpec) -> None:
+    if spec.resources.num_processes > 1:
+        message = "Only a training runs in several processes"
+        raise SpecRefused([{"loc": "resources.num_processes", "message": message}])
+
+
+def _check_split(split: str, dataset: DatasetFacts) -> None:
+    if split not in dataset.splits:
+        have = ", ".join(dataset.splits) or "none"
+        raise SpecRefused([{"loc": "split", "message": f"No split {split}; there is: {have}"}])

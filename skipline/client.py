@@ -24,6 +24,7 @@ from skipline.schemas import (
     AliasMove,
     Architecture,
     Attempt,
+    BatchPredictions,
     Checkpoint,
     Comparison,
     Dataset,
@@ -47,7 +48,7 @@ from skipline.schemas import (
     Upload,
     Worker,
 )
-from skipline.specs import PRODUCTION, EvaluateSpec, TrainSpec
+from skipline.specs import PRODUCTION, RequestSpec, TrainSpec
 from skipline.uploading import Memory, Progress, Source, open_source, part_bytes
 
 DocumentT = TypeVar("DocumentT", bound=BaseModel)
@@ -249,9 +250,34 @@ class Skipline:
             idempotency_key=idempotency_key,
         )
 
+    def predict_all(
+        self,
+        source: str | os.PathLike[str] | None = None,
+        *,
+        dataset: str | None = None,
+        model: str = PRODUCTION,
+        progress: Progress = lambda sent, total: None,
+        idempotency_key: str | None = None,
+        **settings: Any,
+    ) -> Job:
+        """Starts a batch prediction: of a stored dataset, or of an archive or folder of images,
+        which is sent. What it answered is in `predictions` then.
+
+        Raises `OSError` for files that cannot be read, and `SourceChanged` for those that change
+        meanwhile.
+        """
+        if (source is None) == (dataset is None):
+            raise ValueError("predict_all takes either source or dataset")
+        document = {"kind": "predict", "model": model, **settings}
+        if source is None:
+            document["dataset"] = dataset
+        else:
+            document["upload_id"] = self.upload(source, progress=progress).id
+        return self.submit(document, idempotency_key=idempotency_key)
+
     def submit(
         self,
-        document: TrainSpec | EvaluateSpec | Mapping[str, Any],
+        document: RequestSpec | Mapping[str, Any],
         *,
         dry_run: bool = False,
         idempotency_key: str | None = None,
@@ -362,6 +388,20 @@ class Skipline:
     def report(self, job_id: str) -> Report:
         """What an evaluation, or the end of a training, found."""
         return self._ask(Report, "GET", f"jobs/{_segment(job_id)}/report")
+
+    def predictions(self, job_id: str) -> BatchPredictions:
+        """What a batch prediction answered. For very many images, see `save_predictions`."""
+        return self._ask(BatchPredictions, "GET", f"jobs/{_segment(job_id)}/predictions")
+
+    def save_predictions(self, job_id: str, path: str | os.PathLike[str]) -> None:
+        """Writes what a batch prediction answered to a file, as CSV where its name ends in `.csv`,
+        else as JSON. The file is complete or not there. Raises `OSError` if it cannot be
+        written."""
+        target = Path(path)
+        kind = "csv" if target.suffix.lower() == ".csv" else "json"
+        media_type = "text/csv" if kind == "csv" else "application/json"
+        answers = f"jobs/{_segment(job_id)}/predictions"
+        self._save(answers, target, media_type, params={"format": kind})
 
     def summary(self, job_id: str) -> Summary:
         """The network of a training that has begun, layer by layer."""
@@ -743,6 +783,29 @@ class Skipline:
             raise self._stranger(response)
         return response
 
+    def _save(
+        self, path: str, target: Path, media_type: str, params: Mapping[str, Any] | None = None
+    ) -> None:
+        """Writes an answer of any length to a file, which is complete or not there."""
+        part = target.with_name(f"{target.name}.part")
+        try:
+            with (
+                self._http.stream("GET", path, params=params) as response,
+                part.open("wb") as file,
+            ):
+                if response.status_code != 200:
+                    response.read()
+                    raise self._refusal(response)
+                if response.headers.get("content-type", "").partition(";")[0] != media_type:
+                    raise self._stranger(response)
+                for data in response.iter_bytes():
+                    file.write(data)
+            os.replace(part, target)
+        except httpx2.TransportError as error:
+            raise ServerUnreachable(self.url, _reason(error)) from error
+        finally:
+            part.unlink(missing_ok=True)
+
     def _answer(
         self,
         method: str,
@@ -810,7 +873,7 @@ def _training(
     return {"kind": "train", **given, **settings}
 
 
-def _as_written(spec: TrainSpec | EvaluateSpec) -> dict[str, Any]:
+def _as_written(spec: RequestSpec) -> dict[str, Any]:
     """The keys that were given; the server fills in its own defaults, and may do so by dataset."""
     document = spec.model_dump(mode="json", exclude_unset=True)
     document["kind"] = spec.kind

@@ -28,6 +28,7 @@ class JobKind(StrEnum):
 
     train = "train"
     evaluate = "evaluate"
+    predict = "predict"
     ingest = "ingest"
     dry_run = "dry_run"
     """Has the spec of a training; measures what it would cost."""
@@ -612,6 +613,28 @@ class PredictingModel(Document):
     step: int
     temperature: float | None = None
     reject_below: float | None = None
+
+
+class BatchPrediction(Document):
+    """What a batch prediction says of an image. `image`: its path in the dataset or archive; in a
+    dataset also its `split`, its `index` there and the `label` that it has. Of a file that is no
+    image, or a damaged one, `error` says so, and there is no answer."""
+
+    image: str
+    split: str | None = None
+    index: int | None = None
+    label: str | None = None
+    top: list[LabelProbability] = []
+    confidence: float | None = None
+    unknown: bool | None = None
+    error: str | None = None
+
+
+class BatchPredictions(Document):
+    """`GET /jobs/{id}/predictions`: of every image, in the order of the dataset or archive."""
+
+    model: PredictingModel
+    predictions: list[BatchPrediction]
 
 
 class Predictions(Document):

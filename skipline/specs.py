@@ -519,6 +519,34 @@ class EvaluateSpec(Spec):
     resources: ResourcesSpec = ResourcesSpec()
 
 
+class PredictSpec(Spec):
+    """A batch prediction: answers for all images of a dataset or of one of its splits, or of an
+    archive that was uploaded, in whatever folders they lie there. `model` is an alias, or the id
+    of a job, for its best checkpoint, or of a checkpoint; `top_k`: how many classes to name."""
+
+    kind: Literal["predict"] = "predict"
+    spec_version: Literal[1] = SPEC_VERSION
+    name: Label | None = None
+    tags: Tags = ()
+    model: Reference = PRODUCTION
+    dataset: Reference | None = None
+    split: Literal["train", "val", "test"] | None = None
+    upload_id: JobReference | None = None
+    top_k: Annotated[int, Field(ge=1, le=1000)] = 5
+    parent_id: JobReference | None = None
+    after: JobReference | None = None
+    priority: Priority = 0
+    resources: ResourcesSpec = ResourcesSpec()
+
+    @model_validator(mode="after")
+    def _has_one_source(self) -> Self:
+        if (self.dataset is None) == (self.upload_id is None):
+            raise PydanticCustomError("one_source", "Give either dataset or upload_id")
+        if self.split is not None and self.dataset is None:
+            raise PydanticCustomError("no_split", "Only a dataset has a split")
+        return self
+
+
 LOADED = "loaded"
 """No alias, since `/models/loaded` is something else."""
 
@@ -592,27 +620,31 @@ class IngestSpec(Spec):
         return self
 
 
+RequestSpec = TrainSpec | EvaluateSpec | PredictSpec
 JobRequest = Annotated[
-    Annotated[TrainSpec, Tag("<train>")] | Annotated[EvaluateSpec, Tag("<evaluate>")],
-    _choose_by("kind", "train", "train", "evaluate"),
+    Annotated[TrainSpec, Tag("<train>")]
+    | Annotated[EvaluateSpec, Tag("<evaluate>")]
+    | Annotated[PredictSpec, Tag("<predict>")],
+    _choose_by("kind", "train", "train", "evaluate", "predict"),
 ]
 """What `POST /jobs` takes."""
 
 JobSpec = Annotated[
     Annotated[TrainSpec, Tag("<train>")]
     | Annotated[EvaluateSpec, Tag("<evaluate>")]
+    | Annotated[PredictSpec, Tag("<predict>")]
     | Annotated[IngestSpec, Tag("<ingest>")],
-    _choose_by("kind", "train", "train", "evaluate", "ingest"),
+    _choose_by("kind", "train", "train", "evaluate", "predict", "ingest"),
 ]
 """What a stored job holds."""
 
-AnySpec = TrainSpec | EvaluateSpec | IngestSpec
+AnySpec = RequestSpec | IngestSpec
 
-_request_adapter: TypeAdapter[TrainSpec | EvaluateSpec] = TypeAdapter(JobRequest)
+_request_adapter: TypeAdapter[RequestSpec] = TypeAdapter(JobRequest)
 _spec_adapter: TypeAdapter[AnySpec] = TypeAdapter(JobSpec)
 
 
-def parse_request(document: Any) -> TrainSpec | EvaluateSpec:
+def parse_request(document: Any) -> RequestSpec:
     """Fills in what the recipe says, if one is named, and checks what a client sent to
     `POST /jobs`. Raises pydantic's `ValidationError`."""
     return _request_adapter.validate_python(expand(document))

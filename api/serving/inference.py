@@ -23,6 +23,7 @@ import structlog
 
 from api.serving.cache import ModelCache, ModelKey
 from api.serving.images import Square
+from shared.answers import MAX_BATCH_IMAGES
 from shared.errors import TooBusy
 from skipline import schemas
 
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from shared.vision.predictor import Look
 
 log = structlog.get_logger(__name__)
-
-MAX_BATCH_IMAGES = 64
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 from skipline import server_commands
 from skipline.cli import (
+    batch_predict,
     compare,
     datasets,
     demo,
@@ -76,6 +77,7 @@ app.command("summary")(summary.summary)
 app.command("compare")(compare.compare)
 app.command("recipes")(recipes.recipes)
 app.command("predict")(predict.predict)
+app.command("batch-predict")(batch_predict.batch_predict)
 app.add_typer(datasets.app, name="datasets")
 app.add_typer(models.app, name="models")
 app.command("demo")(demo.demo)

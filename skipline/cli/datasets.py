@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Group, RenderableType
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 from rich.text import Text
 
 from skipline import server_commands
@@ -28,20 +19,15 @@ from skipline.cli.output import (
     make_grid,
     make_table,
     print_json,
-    print_sentence,
-    stderr,
     stdout,
 )
-from skipline.cli.watch import EXIT_DETACHED, announce, watch_to_exit
-from skipline.client import ServerUnreachable, Skipline
+from skipline.cli.sending import shown_progress
+from skipline.cli.watch import announce, watch_to_exit
+from skipline.client import Skipline
 from skipline.schemas import Dataset, DatasetPage, Job, JobStatus, Problem
-from skipline.uploading import Progress as Sent
-from skipline.uploading import SourceChanged
 
 MAX_CLASSES_SHOWN = 20
 LEVEL_STYLES = {"warning": "yellow", "error": "bold red"}
-TELL_EVERY = 0.1
-"""Of an upload, where there is no terminal to draw a bar on."""
 
 app = typer.Typer(help="List datasets, and bring new ones in.", invoke_without_command=True)
 
@@ -133,7 +119,7 @@ def add(
     if (path is None) == (builtin is None):
         raise typer.BadParameter("give either PATH or --builtin NAME")
     with Skipline() as client:
-        with _shown_progress() as progress:
+        with shown_progress() as progress:
             job = client.add_dataset(
                 path,
                 builtin=builtin,
@@ -154,52 +140,6 @@ def add(
                 watch_to_exit(client, job, as_json=False)
             finally:
                 _print_what_came(client, job)
-
-
-@contextmanager
-def _shown_progress() -> Iterator[Sent]:
-    """Shows how much of an upload is sent: as a bar on a terminal, as lines elsewhere. Says how to
-    go on where it is broken off."""
-    console = stderr()
-    bar = Progress(
-        TextColumn("sending"),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-    )
-    task = bar.add_task("sending", total=None, visible=False)
-    told = share = 0.0
-
-    def show(sent: int, total: int) -> None:
-        nonlocal told, share
-        share = sent / total if total else 1.0
-        bar.update(task, completed=sent, total=total, visible=True)
-        if not console.is_terminal and (share >= told + TELL_EVERY or share == 1):
-            told = share
-            console.print(f"sent {share:.0%} of {format_bytes(total)}")
-
-    try:
-        if console.is_terminal:
-            bar.start()
-        yield show
-    except (KeyboardInterrupt, ServerUnreachable) as error:
-        bar.stop()
-        if 0 < share < 1:
-            print_sentence(
-                console, f"{share:.0%} is there: run the same command again to send the rest"
-            )
-        if isinstance(error, KeyboardInterrupt):
-            raise typer.Exit(EXIT_DETACHED) from None
-        raise
-    except (OSError, SourceChanged) as error:
-        bar.stop()
-        print_sentence(console, Text.assemble(("error: ", "bold red"), str(error)))
-        raise typer.Exit(1) from None
-    finally:
-        bar.stop()
 
 
 def _print_what_came(client: Skipline, job: Job) -> None:

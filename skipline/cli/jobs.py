@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -186,6 +187,17 @@ def _act(
     console.print(Text.assemble(f"Job {job.id} is ", format_status(job.status), "."))
     if command:
         console.print(f"{what_next} it:  {command}", style="dim", soft_wrap=True)
+
+
+@app.command()
+def predictions(
+    job_id: JobArgument,
+    output: Annotated[Path, typer.Argument(help="The file to write: .csv, or else JSON.")],
+) -> None:
+    """Write what a batch prediction answered to a file."""
+    with Skipline() as client:
+        client.save_predictions(job_id, output)
+    stdout().print(f"The answers are in {output}.", soft_wrap=True)
 
 
 @app.command()

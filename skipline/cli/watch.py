@@ -343,6 +343,8 @@ def _print_what_now(client: Skipline, job: Job) -> None:
     elif job.kind is JobKind.evaluate:
         console.print()
         console.print(render_report(client.report(job.id)))
+    elif job.kind is JobKind.predict:
+        _print_commands(console, {"Answers": f"skipline jobs predictions {job.id} answers.csv"})
     elif job.kind is JobKind.ingest:
         console.print(f"Dataset {(job.result or {}).get('dataset_id')} is ready.", soft_wrap=True)
     elif job.kind is JobKind.dry_run:

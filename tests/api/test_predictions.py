@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from api import examples
-from api.predictions import calibrated
+from shared.answers import calibrated
 from skipline import schemas
 
 BIAS = [0.0] * 7 + [math.log(8.0), math.log(2.0), 0.0]

@@ -72,6 +72,26 @@ def test_a_job_is_posted_watched_evaluated_and_served(service: Service, stripes:
         for prediction in answer.predictions:
             assert sum(entry.probability for entry in prediction.top) == pytest.approx(1, abs=1e-4)
 
+        # And so they are as a job, from the stored dataset and from the folder.
+        expected = {
+            file.relative_to(stripes / "test").as_posix(): prediction
+            for file, prediction in zip(files, answer.predictions, strict=True)
+        }
+        for batch in (
+            client.predict_all(dataset=dataset_id, split="test", model=job.id),
+            client.predict_all(stripes / "test", model=job.id),
+        ):
+            batch = client.wait(batch.id)
+            assert batch.status is JobStatus.succeeded, batch.error
+            found = client.predictions(batch.id)
+            assert found.model == answer.model
+            assert len(found.predictions) == len(files)
+            for row in found.predictions:
+                one = expected[row.image.removeprefix("test/")]
+                assert [entry.label for entry in row.top] == [entry.label for entry in one.top]
+                assert row.confidence == pytest.approx(one.confidence, abs=1e-5)
+                assert row.unknown is one.unknown
+
         evaluation = client.wait(client.evaluate(model=job.id, dataset=dataset_id).id)
         assert evaluation.status is JobStatus.succeeded, evaluation.error
         assert client.report(evaluation.id).confusion == report.confusion

@@ -11,10 +11,12 @@ from typing import Literal
 
 from shared.errors import TrainingError
 
-What = Literal["the dataset", "a checkpoint"]
+What = Literal["the dataset", "a checkpoint", "the predictions"]
 _HINTS: dict[What, str] = {
     "the dataset": "Free disk below SKIPLINE_HOME (the folder cache can be deleted at any time), "
     "then retry",
+    "the predictions": "Free disk where checkpoints are kept, by deleting jobs that are not needed "
+    "for one, then retry",
     "a checkpoint": "Free disk where checkpoints are kept, by deleting jobs that are not needed "
     "for one, then retry: the job goes on from its last checkpoint",
 }

@@ -185,6 +185,21 @@ class ClassFolders:
         yield SourceImage(*place, printable("/".join(file)), read(-1))
 
 
+class LooseFiles:
+    """Any files, wherever they lie: images to be looked at, of which nobody says what they show."""
+
+    has_large_files = False
+
+    def survey(self, listing: Listing) -> Survey:
+        return Survey(listing.num_files.total(), listing.num_bytes.total(), frozenset())
+
+    def wants(self, file: Parts) -> bool:
+        return True
+
+    def images(self, file: Parts, read: Read) -> Iterator[SourceImage]:
+        yield SourceImage("test", "", printable("/".join(file)), read(-1))
+
+
 def find_class_folders(folders: Iterable[Parts]) -> ClassFolders:
     """The layout of a tree with these folders, every one of them named, junk left out.
 

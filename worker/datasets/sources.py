@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from shared.archive_kinds import without_suffixes
 from shared.dataset_paths import check_dataset_path
@@ -33,20 +34,25 @@ def open_source(
     if spec.source == "builtin":
         return open_builtin(spec.name or "", settings, should_stop)
     if spec.upload_id is not None:
-        path = data_path(settings.artifacts_path, spec.upload_id)
-        if not path.exists():
-            raise TrainingError(
-                "upload_gone",
-                "The upload is not there any more: it was deleted, or nobody used it for too long",
-                "Send the archive again",
-            )
-        return open_archive(path, settings)
+        return open_archive(upload_path(settings, spec.upload_id), settings)
     try:
         path = check_dataset_path(spec.path or "", settings)
     except AppError as error:
         hint = "Paths lie below SKIPLINE_DATASET_ROOTS, as the worker sees them"
         raise TrainingError(error.code, error.detail, hint) from None
     return open_folder(path, settings) if path.is_dir() else open_archive(path, settings)
+
+
+def upload_path(settings: Settings, upload_id: str) -> Path:
+    """Where the file lies that a client sent. Raises `TrainingError` `upload_gone`."""
+    path = data_path(settings.artifacts_path, upload_id)
+    if not path.exists():
+        raise TrainingError(
+            "upload_gone",
+            "The upload is not there any more: it was deleted, or nobody used it for too long",
+            "Send the archive again",
+        )
+    return path
 
 
 def dataset_name(spec: IngestSpec) -> str:

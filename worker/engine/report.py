@@ -5,12 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from shared.comparison import Z_95
 from skipline.schemas import (
     Calibration,
     ClassReport,
@@ -27,6 +27,8 @@ NUM_CONFUSED_PAIRS = 20
 NUM_PAIR_IMAGES = 5
 NUM_BINS = 15
 """Of equal width, as in Guo et al., "On Calibration of Modern Neural Networks" (2017)."""
+Z_95 = NormalDist().inv_cdf(0.975)
+"""Of a standard normal variable, 95 % lie within so much of 0."""
 MAX_SHARPNESS = 20.0
 """Bounds of 1 / temperature, and of temperature: a network that is never wrong has none."""
 SHARPNESS_STEPS = 50

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from skipline.schemas import JobKind
-from skipline.specs import EvaluateSpec, IngestSpec, TrainSpec
+from skipline.specs import EvaluateSpec, IngestSpec, PredictSpec, TrainSpec
 from worker.jobs.context import Context, remove_unregistered
 from worker.jobs.datasets import bring_in
 from worker.jobs.evaluation import evaluate
+from worker.jobs.prediction import predict
 from worker.jobs.training import dry_run, train
 
 __all__ = ["Context", "run"]
@@ -29,5 +30,7 @@ def run(context: Context) -> None:
             train(context, spec)
         case EvaluateSpec() as spec:
             evaluate(context, spec)
+        case PredictSpec() as spec:
+            predict(context, spec)
         case IngestSpec() as spec:
             bring_in(context, spec)

@@ -15,7 +15,7 @@ from shared import repository
 from shared.settings import Settings, num_cores
 from shared.tables import Checkpoint, Dataset
 from skipline.schemas import Summary
-from skipline.specs import EvaluateSpec, TrainSpec
+from skipline.specs import EvaluateSpec, PredictSpec, TrainSpec
 from worker.datasets.packing import PackedDataset
 from worker.engine.data import DataPath, choose_data_path
 from worker.engine.runtime import (
@@ -89,6 +89,19 @@ def evaluation_runtime(
     if device == "cpu" and precision in ("tf32", "fp16"):
         precision = "fp32"
     runtime = Runtime(device, precision, torch.get_num_threads(), data_path)
+    _activate(context, runtime, deterministic=False)
+    _tell(context, runtime)
+    return runtime
+
+
+def prediction_runtime(context: Context, spec: PredictSpec) -> Runtime:
+    """The runtime of a batch prediction, active: in the precision that clients are answered in.
+
+    Raises:
+        TrainingError: `device_not_available`.
+    """
+    device = choose_device(_device(context, spec.resources.device))
+    runtime = Runtime(device, "fp32", torch.get_num_threads(), "files")
     _activate(context, runtime, deterministic=False)
     _tell(context, runtime)
     return runtime

@@ -24,7 +24,7 @@ from shared.vision import bundle
 from shared.vision.bundle import WEIGHTS_FILE
 from skipline import catalog, schemas
 from skipline.schemas import JobKind, JobStatus
-from skipline.specs import EvaluateSpec, IngestSpec, ModelSpec, TrainSpec
+from skipline.specs import EvaluateSpec, IngestSpec, ModelSpec, PredictSpec, TrainSpec
 from tests.conftest import make_settings
 from worker.datasets.cache import packed_path
 from worker.datasets.packing import pack
@@ -124,6 +124,12 @@ class Shop:
     def evaluate(self, model: str, dataset: str = "squares", **keys: Any) -> str:
         """Posts an evaluation that finds its model when it begins."""
         spec = EvaluateSpec(model=model, dataset=dataset, batch_size=BATCH_SIZE, **keys)
+        with self.database.session_scope() as session:
+            return repository.add_job(session, spec).id
+
+    def predict(self, model: str, **keys: Any) -> str:
+        """Posts a batch prediction that finds its model when it begins."""
+        spec = PredictSpec.model_validate({"model": model} | keys)
         with self.database.session_scope() as session:
             return repository.add_job(session, spec).id
 

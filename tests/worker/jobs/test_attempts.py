@@ -109,7 +109,7 @@ LEAVES: dict[Action, JobStatus] = {"cancel": JobStatus.cancelled, "pause": JobSt
 
 
 @pytest.mark.parametrize("action", LEAVES)
-@pytest.mark.parametrize("kind", ["ingest", "evaluate", "dry_run", "packing"])
+@pytest.mark.parametrize("kind", ["ingest", "evaluate", "predict", "dry_run", "packing"])
 def test_every_kind_of_job_is_left_at_its_next_batch(
     shop: Shop, tmp_path: Path, kind: str, action: Action
 ) -> None:
@@ -117,6 +117,10 @@ def test_every_kind_of_job_is_left_at_its_next_batch(
         model = shop.train(epochs=1)
         shop.attempt(model)
         job_id = shop.evaluate(model)
+    elif kind == "predict":
+        model = shop.train(epochs=1)
+        shop.attempt(model)
+        job_id = shop.predict(model, dataset="squares")
     elif kind == "dry_run":
         shop.attempt(shop.train(epochs=1))  # packs the dataset
         job_id = shop.train(JobKind.dry_run)
