@@ -67,8 +67,11 @@ clean: ## Remove the environment and the caches; jobs and datasets stay
 	@$(call install,test)
 	@touch .venv/.server .venv/.test
 
+# With what exports models as ONNX; a comma in a call would be its own.
+SERVER := server,onnx
+
 .venv/.server: pyproject.toml constraints.txt | .venv/bin/python
-	@$(call install,server)
+	@$(call install,$(SERVER))
 	@touch .venv/.server
 
 # On a terminal pip shows its progress, since torch is large; elsewhere only what goes wrong.

@@ -15,6 +15,7 @@ from api import (
     dataset_images,
     datasets,
     docs,
+    exports,
     health,
     history,
     ingests,
@@ -31,6 +32,7 @@ from api import (
 from api.checks import Check, Checks
 from api.dependencies import Services, require_key
 from api.drawing import Drawing
+from api.exporting import Exporter
 from api.limits import QueueLimits
 from api.metering import Metering
 from api.serving.cache import ModelCache
@@ -62,6 +64,7 @@ _MODULES = {
         recipes,
         predictions,
         models,
+        exports,
         comparisons,
         health,
         docs,
@@ -99,6 +102,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         metering=Metering(database, inference),
         drawing=Drawing(),
         stored_datasets=StoredDatasets(storage),
+        exporter=Exporter(),
     )
     with ExitStack() as stack:
         stack.callback(_close, app.state.services)

@@ -14,7 +14,6 @@ from shared.comparison import Images, Outcomes
 from shared.errors import NotEvaluated
 from shared.tables import Checkpoint
 from skipline import schemas
-from skipline.specs import TrainSpec, load_spec
 
 router = APIRouter(tags=["models"])
 
@@ -58,8 +57,7 @@ def compare_models(
 
 
 def _model(session: Session, checkpoint: Checkpoint) -> schemas.ComparedModel:
-    spec = load_spec(repository.get_job(session, checkpoint.job_id).spec)
-    assert isinstance(spec, TrainSpec), "only trainings make models"
+    spec = repository.trained_spec(repository.get_job(session, checkpoint.job_id))
     return schemas.ComparedModel(
         checkpoint_id=checkpoint.id,
         job_id=checkpoint.job_id,

@@ -17,6 +17,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from api.checks import Checks
 from api.drawing import Drawing
+from api.exporting import Exporter
 from api.limits import QueueLimits
 from api.metering import Metering
 from api.serving.images import Decoder
@@ -54,6 +55,7 @@ class Services:
     metering: Metering
     drawing: Drawing
     stored_datasets: StoredDatasets
+    exporter: Exporter
 
 
 # The dependencies below are `async` only because plain functions would each take a trip through

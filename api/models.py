@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from typing import Annotated, Any
@@ -27,11 +26,10 @@ from shared import aliases, datasets, promotion, repository
 from shared.errors import (
     AliasNotFound,
     InvalidInput,
-    ReportNotReady,
 )
 from shared.promotion import Guard
 from skipline import schemas
-from skipline.specs import AliasChange, AliasName, TrainSpec, error_items, load_spec
+from skipline.specs import AliasChange, AliasName, error_items
 
 router = APIRouter(tags=["models"])
 
@@ -206,15 +204,10 @@ def get_card(alias: AliasDep, services: ServicesDep) -> Response:
     """In Markdown, made of what is stored: data, training, figures and limits."""
     with services.database.read_scope() as session:
         [model] = aliases.model_documents(session, [aliases.get_alias(session, alias)])
-        spec = load_spec(repository.get_job(session, model.job_id).spec)
-        report = None
-        with suppress(ReportNotReady):
-            report = repository.get_report(session, model.job_id)
+        spec = repository.trained_spec(repository.get_job(session, model.job_id))
+        report = repository.own_report(session, repository.find_model(session, model.checkpoint_id))
         row = datasets.find_dataset(session, model.dataset_id) if model.dataset_id else None
         [dataset] = datasets.dataset_documents(session, [row]) if row else [None]
-    assert isinstance(spec, TrainSpec), "only trainings make models"
-    if report is not None and report.checkpoint_id != model.checkpoint_id:
-        report = None  # It is on another checkpoint of the training.
     return Response(write_card(model, spec, dataset, report), media_type=openapi.MARKDOWN)
 
 

@@ -69,6 +69,13 @@ def file(media_type: str, problems: tuple[int, ...]) -> dict[int | str, Document
     return {200: answer, 304: not_modified, **refusals(problems)}
 
 
+def binary(media_type: str, problems: tuple[int, ...]) -> dict[int | str, Document]:
+    """What a route answers that sends a file which it has just made."""
+    answers = file(media_type, problems)
+    del answers[304]
+    return answers
+
+
 def text(
     example: str, problems: tuple[int, ...], media_type: str = TEXT
 ) -> dict[int | str, Document]:

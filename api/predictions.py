@@ -23,7 +23,7 @@ from api.waiting import while_waited_for
 from shared import repository
 from shared.answers import answers, predicting_model
 from shared.database import Database
-from shared.errors import CheckpointCorrupt
+from shared.errors import CheckpointCorrupt, PredictionTimeout
 from skipline import schemas
 
 router = APIRouter(tags=["predictions"])
@@ -67,7 +67,11 @@ async def predict(request: Request, services: ServicesDep) -> schemas.Prediction
     async with read_request(request) as asked:
         with services.inference.place():
             patience = services.settings.predict_timeout_seconds
-            return await while_waited_for(request, _predict(asked, services), patience)
+            late = PredictionTimeout(
+                f"There was no answer within {patience:g} s: try again when less is asked for, or "
+                "raise SKIPLINE_PREDICT_TIMEOUT_SECONDS"
+            )
+            return await while_waited_for(request, _predict(asked, services), patience, late)
 
 
 @router.get(

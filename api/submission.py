@@ -32,10 +32,11 @@ from skipline.schemas import JobKind, JobStatus
 from skipline.specs import (
     IMAGENET_WEIGHTS,
     AnySpec,
+    BringInSpec,
     EvaluateSpec,
+    ImportSpec,
     IngestSpec,
     PredictSpec,
-    RequestSpec,
     TrainSpec,
     load_spec,
 )
@@ -159,6 +160,8 @@ def store(
         return _store_training(session, spec, submitter, kind)
     if isinstance(spec, EvaluateSpec):
         return _store_evaluation(session, spec, submitter)
+    if isinstance(spec, ImportSpec):
+        return _store_import(session, spec, submitter, settings)
     if isinstance(spec, PredictSpec):
         return _store_prediction(session, spec, submitter, settings)
     if spec.upload_id is not None:
@@ -176,6 +179,15 @@ def _store_ingest_of_upload(
     if spec.name is None:
         spec = spec.model_copy(update={"name": without_suffixes(upload.file_name) or "dataset"})
     check_name(spec)
+    job = repository.add_job(session, spec, submitter=submitter)
+    uploads.pin(session, upload, job.id)
+    return job
+
+
+def _store_import(session: Session, spec: ImportSpec, submitter: str, settings: Settings) -> Job:
+    check = uploads.check_model_file
+    root = settings.artifacts_path
+    upload = uploads.hold_for_job(session, root, spec.upload_id, submitter, check)
     job = repository.add_job(session, spec, submitter=submitter)
     uploads.pin(session, upload, job.id)
     return job
@@ -211,7 +223,7 @@ def store_retry(
             f"The job is {parent.status}: only one that has failed or was cancelled is retried"
         )
     spec, kind = load_spec(parent.spec), JobKind(parent.kind)
-    if isinstance(spec, IngestSpec):
+    if isinstance(spec, BringInSpec):
         job = store(session, spec, submitter, settings)
         job.parent_id = parent.id
         return job
@@ -256,11 +268,9 @@ def _store_training(
 
 def _store_evaluation(session: Session, spec: EvaluateSpec, submitter: str) -> Job:
     training, checkpoint = _find_model(session, spec.model, spec.after)
-    trained = load_spec(training.spec)
-    assert isinstance(trained, TrainSpec), "only trainings make models"
-    trained_on, _ = datasets.dataset_facts(session, training.dataset_id or trained.dataset)
+    trained = repository.trained_spec(training)
     facts, dataset_id = datasets.dataset_facts(session, spec.dataset, lock=True)
-    resolved = catalog.resolve_evaluation(spec, facts, trained_on.classes)
+    resolved = catalog.resolve_evaluation(spec, facts, _classes(session, training, trained))
     return repository.add_job(
         session,
         resolved,
@@ -269,6 +279,15 @@ def _store_evaluation(session: Session, spec: EvaluateSpec, submitter: str) -> J
         workload=_evaluation_work(resolved, trained, facts),
         submitter=submitter,
     )
+
+
+def _classes(session: Session, training: Job, trained: TrainSpec) -> tuple[str, ...] | None:
+    """Of the model; None where it was imported and its dataset is not here: the worker reads them
+    from the model."""
+    if training.kind == JobKind.import_ and training.dataset_id is None:
+        return None
+    facts, _ = datasets.dataset_facts(session, training.dataset_id or trained.dataset)
+    return facts.classes
 
 
 def _store_prediction(
@@ -281,8 +300,7 @@ def _store_prediction(
     elif spec.dataset is not None:
         facts, dataset_id = datasets.dataset_facts(session, spec.dataset, lock=True)
     catalog.check_prediction(spec, facts)
-    trained = load_spec(training.spec)
-    assert isinstance(trained, TrainSpec), "only trainings make models"
+    trained = repository.trained_spec(training)
     job = repository.add_job(
         session,
         spec,
@@ -327,8 +345,7 @@ def _origin(session: Session, spec: TrainSpec) -> Checkpoint | None:
         training, checkpoint = _find_model(session, spec.model.init_from, spec.after)
     except ModelNotFound as error:
         raise _origin_refused(error.detail, code=error.code) from None
-    origin = load_spec(training.spec)
-    assert isinstance(origin, TrainSpec), "only trainings make models"
+    origin = repository.trained_spec(training)
     if origin.model.arch != spec.model.arch:
         raise _origin_refused(
             f"That model is a {origin.model.arch}; weights of a {spec.model.arch} are needed"
@@ -372,7 +389,7 @@ def _prediction_work(
     return Workload(_speed_key(spec, trained), sum(facts.splits[split] for split in splits))
 
 
-def _speed_key(spec: RequestSpec, network: TrainSpec) -> str:
+def _speed_key(spec: TrainSpec | EvaluateSpec | PredictSpec, network: TrainSpec) -> str:
     """What says most about how fast a job is."""
     where = spec.resources
     arch, size = network.model.arch, network.image_size

@@ -9,18 +9,20 @@ from typing import Any, TypeVar
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
-from shared.errors import PredictionTimeout
+from shared.errors import AppError
 
 T = TypeVar("T")
 
 
-async def while_waited_for(request: Request, work: Coroutine[Any, Any, T], max_seconds: float) -> T:
+async def while_waited_for(
+    request: Request, work: Coroutine[Any, Any, T], max_seconds: float, late: AppError
+) -> T:
     """What `work` comes to. It is cancelled when nobody waits for it any more. The request's body
     must have been read.
 
     Raises:
         ClientDisconnect: the client has left.
-        PredictionTimeout: after `max_seconds`.
+        AppError: `late`, after `max_seconds`.
     """
     task = asyncio.create_task(work)
     departure = asyncio.create_task(_departure(request))
@@ -32,10 +34,7 @@ async def while_waited_for(request: Request, work: Coroutine[Any, Any, T], max_s
             return task.result()
         if departure in done:
             raise ClientDisconnect
-        raise PredictionTimeout(
-            f"There was no answer within {max_seconds:g} s: try again when less is asked for, or "
-            "raise SKIPLINE_PREDICT_TIMEOUT_SECONDS"
-        )
+        raise late
     finally:
         task.cancel()
         departure.cancel()

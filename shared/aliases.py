@@ -16,7 +16,6 @@ from shared.database import db_now
 from shared.errors import AliasNotFound, NothingToTakeBack
 from shared.tables import Alias, AliasMove, Checkpoint, Job
 from skipline import schemas
-from skipline.specs import TrainSpec, load_spec
 
 
 def get_alias(session: Session, name: str, *, lock: bool = False) -> Alias:
@@ -138,8 +137,7 @@ def model_documents(session: Session, rows: Sequence[Alias]) -> list[schemas.Mod
 
 
 def _document(row: Alias, checkpoint: Checkpoint, job: Job) -> schemas.Model:
-    spec = load_spec(job.spec)
-    assert isinstance(spec, TrainSpec), "only trainings make models"
+    spec = repository.trained_spec(job)
     return schemas.Model(
         alias=row.name,
         checkpoint_id=checkpoint.id,

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 from shared import repository
 from shared.tables import Checkpoint
 from skipline.schemas import ImagePrediction, LabelProbability, PredictingModel
-from skipline.specs import TrainSpec, load_spec
+from skipline.specs import TrainSpec
 
 MAX_BATCH_IMAGES = 64
 """That go through a network together."""
@@ -20,8 +20,7 @@ MAX_BATCH_IMAGES = 64
 
 def predicting_model(session: Session, checkpoint: Checkpoint) -> tuple[PredictingModel, TrainSpec]:
     """What answers are said to come from, and the training's spec."""
-    spec = load_spec(repository.get_job(session, checkpoint.job_id).spec)
-    assert isinstance(spec, TrainSpec), "only trainings make models"
+    spec = repository.trained_spec(repository.get_job(session, checkpoint.job_id))
     temperature, reject_below = repository.calibration_of(session, checkpoint)
     document = PredictingModel(
         checkpoint_id=checkpoint.id,

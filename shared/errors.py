@@ -44,6 +44,13 @@ class BadArchive(InvalidInput):
     title = "This is not an archive that can be read"
 
 
+class BadModelFile(InvalidInput):
+    """Bytes that are no model that was exported."""
+
+    code = "bad_model_file"
+    title = "This is not a model that Skipline exported as safetensors"
+
+
 class BadImage(InvalidInput):
     """Bytes that are no image of an allowed format, or do not decode to their end."""
 
@@ -167,6 +174,11 @@ class PromotionRefused(Conflict):
     title = "The model is not good enough"
 
 
+class ExportNotPossible(Conflict):
+    code = "export_not_possible"
+    title = "The model cannot be exported like this"
+
+
 class NotEvaluated(Conflict):
     """There is no report on the images that a model is to be judged by."""
 
@@ -272,6 +284,14 @@ class PredictionTimeout(AppError):
     status = 504
     code = "prediction_timeout"
     title = "The prediction took too long"
+
+
+class ExportTimeout(AppError):
+    """The file would have come too late."""
+
+    status = 504
+    code = "export_timeout"
+    title = "The export took too long"
 
 
 class TooManyStreams(TooBusy):

@@ -65,7 +65,7 @@ from shared.tables import (
 from skipline import schemas
 from skipline.catalog import ClusterFacts, needs_gpu
 from skipline.schemas import JobKind, JobStatus
-from skipline.specs import AnySpec, IngestSpec, TrainSpec, dump_spec
+from skipline.specs import AnySpec, BringInSpec, ImportSpec, TrainSpec, dump_spec, load_spec
 
 NumberedT = TypeVar("NumberedT", MetricPoint, Event)
 """Rows that are numbered within their job."""
@@ -124,7 +124,7 @@ def add_job(
     """
     kind = kind or JobKind(spec.kind)
     resources = getattr(spec, "resources", None)
-    parent_id = None if isinstance(spec, IngestSpec) else spec.parent_id
+    parent_id = None if isinstance(spec, BringInSpec) else spec.parent_id
     if parent_id is not None and session.get(Job, parent_id) is None:
         raise _no_such_job("parent_id", parent_id)
     values = {
@@ -133,7 +133,7 @@ def add_job(
         "name": spec.name,
         "status": JobStatus.queued,
         "spec": dump_spec(spec),
-        "rank": 0 if isinstance(spec, IngestSpec) else -spec.priority,
+        "rank": 0 if isinstance(spec, BringInSpec) else -spec.priority,
         "device": _device_of(spec),
         "num_processes": resources.num_processes if resources else 1,
         "submitter": submitter,
@@ -167,14 +167,14 @@ def _device_of(spec: AnySpec) -> str:
     """What a worker must have to claim the job."""
     if isinstance(spec, TrainSpec) and needs_gpu(spec):
         return "cuda"
-    return "any" if isinstance(spec, IngestSpec) else spec.resources.device
+    return "any" if isinstance(spec, BringInSpec) else spec.resources.device
 
 
 def hold_predecessor(session: Session, spec: AnySpec) -> str | None:
     """The job that has to succeed first, if it has not yet. Its row stays locked until the new job
     is stored: should it end in this moment, it finds the job that waits for it. Raises
     `InvalidInput`, as `add_job`."""
-    if isinstance(spec, IngestSpec) or spec.after is None:
+    if isinstance(spec, BringInSpec) or spec.after is None:
         return None
     locked = select(Job.status).where(Job.id == spec.after).with_for_update(read=True)
     status = session.scalar(locked)
@@ -1032,6 +1032,16 @@ def find_model(session: Session, reference: str) -> Checkpoint:
     raise NoCheckpointYet(f"The job {job.id} has no checkpoint. {detail}")
 
 
+def trained_spec(job: Job) -> TrainSpec:
+    """How the job's model was trained: by the job itself, or elsewhere before it was imported."""
+    spec = load_spec(job.spec)
+    if isinstance(spec, ImportSpec):
+        assert job.result is not None, "a model that was imported is complete"
+        spec = load_spec(job.result["trained"])
+    assert isinstance(spec, TrainSpec), "no other job makes models"
+    return spec
+
+
 def pin_model(session: Session, reference: str) -> Checkpoint:
     """As `find_model`, for a job that will name the checkpoint: until that job is stored, nobody
     else retires it. Raises as `find_model` does."""
@@ -1074,6 +1084,15 @@ def get_report(session: Session, job_id: str) -> schemas.Report:
     if report is None:
         raise ReportNotReady(f"The job is {job.status}; a report is written when it succeeds")
     return schemas.Report.model_validate(report.document)
+
+
+def own_report(session: Session, checkpoint: Checkpoint) -> schemas.Report | None:
+    """The report that the checkpoint's job ended with, if it is on this very checkpoint."""
+    try:
+        report = get_report(session, checkpoint.job_id)
+    except ReportNotReady:
+        return None
+    return report if report.checkpoint_id == checkpoint.id else None
 
 
 def report_on(

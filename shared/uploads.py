@@ -12,7 +12,7 @@ import fcntl
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -27,6 +27,7 @@ from shared.archive_kinds import HEAD_BYTES, KINDS, archive_kind
 from shared.database import Database, db_now
 from shared.errors import (
     BadArchive,
+    BadModelFile,
     BodyTooLarge,
     DiskFull,
     InvalidInput,
@@ -154,25 +155,32 @@ def touch(session: Session, upload_id: str) -> datetime:
     return upload.touched_at
 
 
-def hold_for_job(session: Session, root: Path, upload_id: str, submitter: str) -> Upload:
-    """Locks a complete upload, for the job that is about to be stored to read it.
+def hold_for_job(
+    session: Session,
+    root: Path,
+    upload_id: str,
+    submitter: str,
+    check: Callable[[Path], None] | None = None,
+) -> Upload:
+    """Locks a complete upload, for the job that is about to be stored to read it. `check` looks at
+    its beginning: by default `check_archive`.
 
     Raises:
         InvalidInput: there is no such upload.
         UploadIncomplete: bytes are missing.
-        BadArchive: it is no archive by its first bytes.
+        BadArchive: it is no archive by its first bytes; or what `check` raises.
     """
     try:
         upload = get(session, upload_id, submitter, lock=True)
         offset = offset_of(root, upload_id)
     except UploadNotFound:
-        message = "There is no such upload (one that is not used expires): send the archive again"
+        message = "There is no such upload (one that is not used expires): send the file again"
         raise InvalidInput(message, errors=[{"loc": "upload_id", "message": message}]) from None
     if upload.num_bytes != offset:
         raise UploadIncomplete(
             f"{offset} of {upload.num_bytes} bytes have come: send the rest with PATCH"
         )
-    check_archive(data_path(root, upload_id))
+    (check or check_archive)(data_path(root, upload_id))
     return upload
 
 
@@ -190,6 +198,15 @@ def check_archive(path: Path) -> None:
     if archive_kind(head) is None:
         what = "neither" if head else "empty, and no archive:"
         raise BadArchive(f"The file is {what} {KINDS}: pack the images as one of these")
+
+
+def check_model_file(path: Path) -> None:
+    """Raises `BadModelFile` for what is no safetensors by its first bytes: the length of a JSON
+    object, and the object."""
+    with path.open("rb") as file:
+        head = file.read(9)
+    if head[8:] != b"{" or int.from_bytes(head[:8], "little") > path.stat().st_size:
+        raise BadModelFile("The file is no safetensors: export the model with format=safetensors")
 
 
 def document(upload: Upload, settings: Settings, root: Path) -> schemas.Upload:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from skipline.recipes import RECIPES
+from skipline.schemas import ExportFormat
 from skipline.specs import (
     IMAGENET_WEIGHTS,
     PUBLISHED,
@@ -272,6 +273,14 @@ def selection_split(spec: TrainSpec, splits: Container[str]) -> Literal["val", "
     return "val" if spec.val_fraction is not None or "val" in splits else "test"
 
 
+EXPORT_SUFFIXES: dict[ExportFormat, str] = {
+    "safetensors": ".safetensors",
+    "onnx": ".onnx",
+    "torchscript": ".pt",
+    "torch_export": ".pt2",
+}
+
+
 def evaluation_split(splits: Mapping[str, int]) -> Split:
     """The split that an evaluation takes when none is named."""
     return "test" if "test" in splits else "val"
@@ -444,9 +453,9 @@ def _augment(spec: TrainSpec, image_size: int, refuse: Refuse) -> tuple[AugmentS
 
 
 def resolve_evaluation(
-    spec: EvaluateSpec, dataset: DatasetFacts, model_classes: tuple[str, ...]
+    spec: EvaluateSpec, dataset: DatasetFacts, model_classes: tuple[str, ...] | None
 ) -> EvaluateSpec:
-    """The evaluation with its split written out.
+    """The evaluation with its split written out. `model_classes`: None while they are not known.
 
     Raises:
         SpecRefused: the split does not exist, the dataset has other classes than the model, or
@@ -455,7 +464,7 @@ def resolve_evaluation(
     _check_one_process(spec)
     split = spec.split or evaluation_split(dataset.splits)
     _check_split(split, dataset)
-    if model_classes != dataset.classes:
+    if model_classes is not None and model_classes != dataset.classes:
         difference = sorted(set(model_classes) ^ set(dataset.classes))[:10]
         detail = f"they differ in: {', '.join(difference)}" if difference else "their order differs"
         raise SpecRefused(

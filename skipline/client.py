@@ -20,6 +20,7 @@ import httpx2
 from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from skipline.catalog import EXPORT_SUFFIXES
 from skipline.schemas import (
     AliasMove,
     Architecture,
@@ -33,6 +34,7 @@ from skipline.schemas import (
     EndEvent,
     ErrorItem,
     Event,
+    ExportFormat,
     Job,
     MetricEvent,
     Metrics,
@@ -55,6 +57,8 @@ DocumentT = TypeVar("DocumentT", bound=BaseModel)
 PageT = TypeVar("PageT", bound=Page[Any])
 LiveEvent = MetricEvent | RewindEvent | EndEvent
 
+EXPORT_SECONDS = 310.0
+"""That a server may take to write a model, and a little more."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PAGE_SIZE = 100
 LONGEST_PAUSE_SECONDS = 5.0
@@ -669,6 +673,48 @@ class Skipline:
         """What there is to know of a model before it is used, in Markdown."""
         return self._content("text/markdown", f"models/{_segment(alias)}/card").text
 
+    def export_model(
+        self,
+        path: str | os.PathLike[str],
+        model: str = PRODUCTION,
+        *,
+        format: ExportFormat | None = None,
+    ) -> None:
+        """Writes a model (an alias, or the id of a job or a checkpoint) to a file; `format` is by
+        default what the file's suffix says. The file is complete or not there. Raises `OSError` if
+        it cannot be written."""
+        target = Path(path)
+        formats = {suffix: name for name, suffix in EXPORT_SUFFIXES.items()}
+        kind = format or formats.get(target.suffix.lower())
+        if kind is None:
+            raise ValueError(f"name the format, or end the file's name in {', '.join(formats)}")
+        self._save(
+            f"models/{_segment(model)}/export",
+            target,
+            "application/octet-stream",
+            {"format": kind},
+            timeout=EXPORT_SECONDS,
+        )
+
+    def import_model(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        name: str | None = None,
+        progress: Progress = lambda sent, total: None,
+        idempotency_key: str | None = None,
+    ) -> Job:
+        """Sends a model that was exported as safetensors; once the job has succeeded, its id is
+        the model's.
+
+        Raises `OSError` for a file that cannot be read, and `SourceChanged` for one that changes
+        meanwhile.
+        """
+        document = {"kind": "import", "upload_id": self.upload(path, progress=progress).id}
+        if name is not None:
+            document["name"] = name
+        return self.submit(document, idempotency_key=idempotency_key)
+
     def model_history(self, alias: str = PRODUCTION) -> list[AliasMove]:
         """What the alias has stood for, the newest first."""
         pages = self._pages(Page[AliasMove], f"models/{_segment(alias)}/history")
@@ -784,13 +830,21 @@ class Skipline:
         return response
 
     def _save(
-        self, path: str, target: Path, media_type: str, params: Mapping[str, Any] | None = None
+        self,
+        path: str,
+        target: Path,
+        media_type: str,
+        params: Mapping[str, Any],
+        timeout: float | None = None,
     ) -> None:
-        """Writes an answer of any length to a file, which is complete or not there."""
+        """Writes an answer of any length to a file, which is complete or not there. `timeout`:
+        seconds until it may begin, if others than usual."""
         part = target.with_name(f"{target.name}.part")
         try:
             with (
-                self._http.stream("GET", path, params=params) as response,
+                self._http.stream(
+                    "GET", path, params=params, timeout=timeout or self._timeout
+                ) as response,
                 part.open("wb") as file,
             ):
                 if response.status_code != 200:

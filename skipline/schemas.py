@@ -30,8 +30,13 @@ class JobKind(StrEnum):
     evaluate = "evaluate"
     predict = "predict"
     ingest = "ingest"
+    import_ = "import"
     dry_run = "dry_run"
     """Has the spec of a training; measures what it would cost."""
+
+
+ExportFormat = Literal["safetensors", "onnx", "torchscript", "torch_export"]
+"""Of a model in a single file."""
 
 
 class JobStatus(StrEnum):
@@ -635,6 +640,14 @@ class BatchPredictions(Document):
 
     model: PredictingModel
     predictions: list[BatchPrediction]
+
+
+class ModelOrigin(Document):
+    """What a file that a model was exported to says of it: where it comes from and how its answers
+    are calibrated, and the report on it, if there is one."""
+
+    model: PredictingModel
+    report: Report | None = None
 
 
 class Predictions(Document):

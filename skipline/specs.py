@@ -620,12 +620,24 @@ class IngestSpec(Spec):
         return self
 
 
-RequestSpec = TrainSpec | EvaluateSpec | PredictSpec
+class ImportSpec(Spec):
+    """Taking in a model that was exported as safetensors and uploaded."""
+
+    kind: Literal["import"] = "import"
+    spec_version: Literal[1] = SPEC_VERSION
+    name: Label | None = None
+    upload_id: JobReference
+
+
+BringInSpec = IngestSpec | ImportSpec
+"""Of jobs that bring something in, and compute nothing."""
+RequestSpec = TrainSpec | EvaluateSpec | PredictSpec | ImportSpec
 JobRequest = Annotated[
     Annotated[TrainSpec, Tag("<train>")]
     | Annotated[EvaluateSpec, Tag("<evaluate>")]
-    | Annotated[PredictSpec, Tag("<predict>")],
-    _choose_by("kind", "train", "train", "evaluate", "predict"),
+    | Annotated[PredictSpec, Tag("<predict>")]
+    | Annotated[ImportSpec, Tag("<import>")],
+    _choose_by("kind", "train", "train", "evaluate", "predict", "import"),
 ]
 """What `POST /jobs` takes."""
 
@@ -633,8 +645,9 @@ JobSpec = Annotated[
     Annotated[TrainSpec, Tag("<train>")]
     | Annotated[EvaluateSpec, Tag("<evaluate>")]
     | Annotated[PredictSpec, Tag("<predict>")]
+    | Annotated[ImportSpec, Tag("<import>")]
     | Annotated[IngestSpec, Tag("<ingest>")],
-    _choose_by("kind", "train", "train", "evaluate", "predict", "ingest"),
+    _choose_by("kind", "train", "train", "evaluate", "predict", "import", "ingest"),
 ]
 """What a stored job holds."""
 

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from skipline.cli import spec_input
-from skipline.cli.output import JsonOption, exit_unless_succeeded, print_json, stdout
+from skipline.cli.output import JsonOption, stdout
 from skipline.cli.sending import shown_progress
-from skipline.cli.watch import announce, watch_to_exit
+from skipline.cli.watch import announce, stay
 from skipline.client import Skipline
 from skipline.specs import PRODUCTION
 
@@ -63,12 +63,7 @@ def batch_predict(
         if output is None and not watch:
             announce(job, as_json)
             return
-        if as_json:
-            job = client.wait(job.id)
-            print_json(job)
-            exit_unless_succeeded(job)
-        else:
-            watch_to_exit(client, job, as_json=False)
+        stay(client, job, as_json)
         if output is not None:
             client.save_predictions(job.id, output)
             if not as_json:

@@ -13,7 +13,6 @@ from rich.text import Text
 from skipline import server_commands
 from skipline.cli.output import (
     JsonOption,
-    exit_unless_succeeded,
     format_age,
     format_bytes,
     make_grid,
@@ -22,7 +21,7 @@ from skipline.cli.output import (
     stdout,
 )
 from skipline.cli.sending import shown_progress
-from skipline.cli.watch import announce, watch_to_exit
+from skipline.cli.watch import announce, stay
 from skipline.client import Skipline
 from skipline.schemas import Dataset, DatasetPage, Job, JobStatus, Problem
 
@@ -131,14 +130,11 @@ def add(
             )
         if not watch:
             announce(job, as_json)
-        elif as_json:
-            job = client.wait(job.id)
-            print_json(job)
-            exit_unless_succeeded(job)
-        else:
-            try:
-                watch_to_exit(client, job, as_json=False)
-            finally:
+            return
+        try:
+            stay(client, job, as_json)
+        finally:
+            if not as_json:
                 _print_what_came(client, job)
 
 

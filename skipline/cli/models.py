@@ -1,7 +1,8 @@
-"""`skipline models ls | promote | rollback | history | card | rm`."""
+"""`skipline models ls | promote | rollback | history | card | export | import | rm`."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,13 +10,16 @@ import typer
 from skipline.cli.output import (
     JsonOption,
     format_age,
+    format_bytes,
     make_table,
     print_json,
     print_sentence,
     stdout,
 )
+from skipline.cli.sending import shown_progress
+from skipline.cli.watch import stay
 from skipline.client import Skipline
-from skipline.schemas import AliasMove, Model, Page
+from skipline.schemas import AliasMove, ExportFormat, Model, Page
 from skipline.specs import PRODUCTION
 
 app = typer.Typer(help="Name the models that are served.", invoke_without_command=True)
@@ -124,6 +128,49 @@ def card(alias: AliasArgument = PRODUCTION, as_json: JsonOption = False) -> None
         print_json({"alias": alias, "text": text})
     else:
         typer.echo(text, nl=False)
+
+
+@app.command()
+def export(
+    output: Annotated[Path, typer.Argument(help="The file to write.")],
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="An alias, or a job's or a checkpoint's id.")
+    ] = PRODUCTION,
+    format: Annotated[
+        ExportFormat | None,
+        typer.Option(help="By default what the file's suffix says: .safetensors, .onnx, .pt, .pt2"),
+    ] = None,
+) -> None:
+    """Write a model to a file: as ONNX, TorchScript or torch.export to be used elsewhere, as
+    safetensors to be taken in by another Skipline."""
+    with Skipline() as client:
+        try:
+            client.export_model(output, model, format=format)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+    told = f"{output} has {format_bytes(output.stat().st_size)}."
+    stdout().print(told, soft_wrap=True)
+
+
+@app.command("import")
+def import_(
+    path: Annotated[
+        Path, typer.Argument(exists=True, dir_okay=False, help="A model exported as .safetensors.")
+    ],
+    alias: Annotated[
+        str | None, typer.Option("--as", metavar="ALIAS", help="Give it this name, too.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Take in a model that another Skipline has exported."""
+    with Skipline() as client:
+        with shown_progress() as progress:
+            job = client.import_model(path, progress=progress)
+        stay(client, job, as_json)
+        if alias is not None:
+            promoted = client.promote(job.id, alias)
+            if not as_json:
+                _tell(promoted, as_json=False)
 
 
 @app.command()

@@ -307,6 +307,17 @@ def watch_to_exit(client: Skipline, job: Job, as_json: bool) -> None:
     exit_unless_succeeded(job)
 
 
+def stay(client: Skipline, job: Job, as_json: bool) -> None:
+    """Waits for a job that has no curves; as JSON it is printed once it is over. Raises as
+    `watch_to_exit`."""
+    if as_json:
+        job = client.wait(job.id)
+        print_json(job)
+        exit_unless_succeeded(job)
+    else:
+        watch_to_exit(client, job, as_json=False)
+
+
 def announce(job: Job, as_json: bool) -> None:
     """Says that a job was taken, and how to follow it."""
     if as_json:
@@ -345,6 +356,8 @@ def _print_what_now(client: Skipline, job: Job) -> None:
         console.print(render_report(client.report(job.id)))
     elif job.kind is JobKind.predict:
         _print_commands(console, {"Answers": f"skipline jobs predictions {job.id} answers.csv"})
+    elif job.kind is JobKind.import_:
+        _print_commands(console, {"Classify": f"skipline predict IMAGE --model {job.id}"})
     elif job.kind is JobKind.ingest:
         console.print(f"Dataset {(job.result or {}).get('dataset_id')} is ready.", soft_wrap=True)
     elif job.kind is JobKind.dry_run:

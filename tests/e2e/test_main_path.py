@@ -11,7 +11,7 @@ import pytest
 from skipline import Skipline
 from skipline.client import SkiplineError
 from skipline.schemas import EndEvent, JobStatus, MetricEvent
-from tests.e2e.conftest import Service, bring_in, on_sqlite, tiny_spec, wait_for
+from tests.e2e.conftest import Service, bring_in, on_sqlite, running_service, tiny_spec, wait_for
 
 
 def test_a_job_is_posted_watched_evaluated_and_served(service: Service, stripes: Path) -> None:
@@ -95,6 +95,28 @@ def test_a_job_is_posted_watched_evaluated_and_served(service: Service, stripes:
         evaluation = client.wait(client.evaluate(model=job.id, dataset=dataset_id).id)
         assert evaluation.status is JobStatus.succeeded, evaluation.error
         assert client.report(evaluation.id).confusion == report.confusion
+
+
+@on_sqlite
+def test_a_model_moves_to_another_skipline(shared_service: Service, tmp_path: Path) -> None:
+    files = sorted((shared_service.home.parent / "stripes" / "test").rglob("*.png"))
+    path = tmp_path / "model.safetensors"
+    with shared_service.client() as client:
+        job = client.wait(client.submit(tiny_spec(epochs=2)).id)
+        expected = client.predict(files, model=job.id)
+        report = client.report(job.id)
+        client.export_model(path, job.id)
+    (tmp_path / "other").mkdir()
+    with running_service(tmp_path / "other", {}) as other, other.client() as client:
+        taken = client.wait(client.import_model(path).id)
+        assert taken.status is JobStatus.succeeded, taken.error
+        found = client.predict(files, model=taken.id)
+        # What they are called differs, and no bit of what they say.
+        assert found.predictions == expected.predictions
+        assert found.model.temperature == expected.model.temperature
+        assert client.report(taken.id).confusion == report.confusion
+        client.promote(taken.id)
+        assert "resnet18" in client.model_card()
 
 
 @on_sqlite

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from skipline.schemas import JobKind
-from skipline.specs import EvaluateSpec, IngestSpec, PredictSpec, TrainSpec
+from skipline.specs import EvaluateSpec, ImportSpec, IngestSpec, PredictSpec, TrainSpec
 from worker.jobs.context import Context, remove_unregistered
 from worker.jobs.datasets import bring_in
 from worker.jobs.evaluation import evaluate
+from worker.jobs.importing import take_in
 from worker.jobs.prediction import predict
 from worker.jobs.training import dry_run, train
 
@@ -32,5 +33,7 @@ def run(context: Context) -> None:
             evaluate(context, spec)
         case PredictSpec() as spec:
             predict(context, spec)
+        case ImportSpec() as spec:
+            take_in(context, spec)
         case IngestSpec() as spec:
             bring_in(context, spec)
