@@ -35,10 +35,13 @@ from api.drawing import Drawing
 from api.exporting import Exporter
 from api.limits import QueueLimits
 from api.metering import Metering
+from api.serving import acceleration
+from api.serving.acceleration import Accelerator
 from api.serving.cache import ModelCache
 from api.serving.images import Decoder
-from api.serving.inference import Inference
+from api.serving.inference import MAX_BATCH_IMAGES, MAX_BATCH_IMAGES_CPU, Inference
 from api.stored_datasets import StoredDatasets
+from api.stored_models import StoredModels
 from api.streams import StreamHub
 from api.warmup import WarmUp
 from shared.database import Database
@@ -81,12 +84,21 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     bell = Bell(settings)
     # A GPU is left to the trainings, unless the operator says so.
     device = "cuda" if settings.device == "cuda" else "cpu"
-    cache = ModelCache(storage, settings.model_cache_bytes, device)
-    inference = Inference(cache, settings.max_predict_waiting, settings.predict_max_wait_ms / 1000)
+    accelerator = None
+    if settings.predict_backend != "torch" and device == "cpu" and acceleration.is_possible():
+        accelerator = Accelerator(settings.cache_path / "onnx", settings.model_cache_bytes)
+    cache = ModelCache(storage, settings.model_cache_bytes, device, accelerator)
+    models = StoredModels(database)
+    inference = Inference(
+        cache,
+        settings.max_predict_waiting,
+        settings.predict_max_wait_ms / 1000,
+        MAX_BATCH_IMAGES_CPU if device == "cpu" else MAX_BATCH_IMAGES,
+    )
     streams = StreamHub(database, settings.max_streams)
     checks: dict[str, Check] = {"database": database.check, "storage": storage.check}
     if app.state.role == "predict":
-        checks["model"] = WarmUp(database, inference).check
+        checks["model"] = WarmUp(models, inference).check
     else:
         checks["broker"] = bell.check
     app.state.services = Services(
@@ -97,6 +109,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         limits=QueueLimits(settings),
         streams=streams,
         inference=inference,
+        models=models,
         decoder=Decoder(settings.max_image_pixels),
         checks=Checks(checks),
         metering=Metering(database, inference),
@@ -105,6 +118,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         exporter=Exporter(),
     )
     with ExitStack() as stack:
+        if accelerator is not None:
+            stack.callback(accelerator.stop)
         stack.callback(_close, app.state.services)
         if app.state.role == "all":
             reaper = Reaper(settings, database, storage)

@@ -8,7 +8,8 @@ from fastapi import APIRouter, Query
 from sqlalchemy.orm import Session
 
 from api import examples, openapi
-from api.dependencies import JudgedByDep, ServicesDep, check_model_reference
+from api.dependencies import JudgedByDep, ServicesDep
+from api.references import check_model_reference
 from shared import comparison, datasets, repository
 from shared.comparison import Images, Outcomes
 from shared.errors import NotEvaluated

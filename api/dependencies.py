@@ -20,13 +20,15 @@ from api.drawing import Drawing
 from api.exporting import Exporter
 from api.limits import QueueLimits
 from api.metering import Metering
+from api.references import is_id
 from api.serving.images import Decoder
 from api.serving.inference import Inference
 from api.stored_datasets import StoredDatasets
+from api.stored_models import StoredModels
 from api.streams import StreamHub
 from shared.database import Database
 from shared.dispatch import Bell
-from shared.errors import DatasetNotFound, InvalidInput, JobNotFound, ModelNotFound, Unauthorized
+from shared.errors import DatasetNotFound, InvalidInput, JobNotFound, Unauthorized
 from shared.settings import Settings
 from shared.storage import Storage
 
@@ -34,7 +36,6 @@ ItemT = TypeVar("ItemT")
 
 OPEN_PATHS = ("/healthz", "/readyz")
 """What anybody may ask: an orchestrator's probes carry no key."""
-MAX_ID_LENGTH = 64
 DEFAULT_PAGE = 50
 SUBMITTER_LENGTH = 16
 
@@ -50,6 +51,7 @@ class Services:
     limits: QueueLimits
     streams: StreamHub
     inference: Inference
+    models: StoredModels
     decoder: Decoder
     checks: Checks
     metering: Metering
@@ -69,14 +71,14 @@ async def _services(request: Request) -> Services:
 
 ServicesDep = Annotated[Services, Depends(_services)]
 
-_bearer = HTTPBearer(
+bearer = HTTPBearer(
     auto_error=False, description="The key that the server was given as SKIPLINE_API_KEY"
 )
 
 
 async def require_key(
     request: Request,
-    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
+    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)],
 ) -> None:
     """Lets nobody in without the server's key, if it has one. Raises `Unauthorized`."""
     settings: Settings = request.app.state.settings
@@ -89,7 +91,7 @@ async def require_key(
 
 async def _submitter(
     request: Request,
-    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
+    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)],
 ) -> str:
     settings: Settings = request.app.state.settings
     if settings.api_key is None or credentials is None:
@@ -99,18 +101,6 @@ async def _submitter(
 
 SubmitterDep = Annotated[str, Depends(_submitter)]
 """Whose request it is: a digest of its key, empty where the server asks for none."""
-
-
-def is_id(value: str) -> bool:
-    """Whether `value` could be an id. What could not never reaches the database, whose texts
-    hold less than a URL or a form can."""
-    return len(value) <= MAX_ID_LENGTH and value.isprintable() and value.isascii()
-
-
-def check_model_reference(reference: str) -> None:
-    """Raises `ModelNotFound` for what can be no model's."""
-    if not is_id(reference):
-        raise ModelNotFound("There is no checkpoint, no job and no alias of this name")
 
 
 async def _job_id(job_id: str) -> str:

@@ -216,6 +216,7 @@ LOADED_MODELS: Document = {
         {
             "checkpoint_id": _CHECKPOINT_ID,
             "arch": "resnet18",
+            "backend": "onnxruntime",
             "num_bytes": 44696632,
             "loaded_at": _TIME,
             "used_at": _TIME,

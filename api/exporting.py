@@ -7,6 +7,7 @@ import asyncio
 import importlib.util
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -61,8 +62,12 @@ class Exporter:
         )
         try:
             _, errors = await process.communicate(origin.encode())
+        except ConnectionError:  # It ended before it had read what it was to do.
+            errors = b""
+            await process.wait()
         except BaseException:  # Nobody waits for it any more.
-            process.kill()
+            with suppress(ProcessLookupError):
+                process.kill()
             await process.wait()
             raise
         if process.returncode != 0 or not path.exists():

@@ -11,7 +11,8 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
 
 from api import openapi
-from api.dependencies import Services, ServicesDep, check_model_reference
+from api.dependencies import Services, ServicesDep
+from api.references import check_model_reference
 from api.waiting import while_waited_for
 from shared import repository
 from shared.answers import predicting_model

@@ -19,9 +19,9 @@ from api.dependencies import (
     Services,
     ServicesDep,
     SubmitterDep,
-    check_model_reference,
     unknown_cursor,
 )
+from api.references import check_model_reference
 from shared import aliases, datasets, promotion, repository
 from shared.errors import (
     AliasNotFound,

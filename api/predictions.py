@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,57 +12,30 @@ from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
 
 from api import examples, openapi
-from api.dependencies import Services, ServicesDep, check_model_reference
+from api.dependencies import Services, ServicesDep
+from api.direct import DirectRoute
 from api.prediction_requests import PredictionOptions, PredictionRequest, read_request
-from api.serving.cache import ModelKey
 from api.serving.explanations import encoded, overlay
 from api.serving.images import Square
 from api.serving.inference import Answer
+from api.stored_models import StoredModel
 from api.waiting import while_waited_for
-from shared import repository
-from shared.answers import answers, predicting_model
-from shared.database import Database
+from shared.answers import answers
 from shared.errors import CheckpointCorrupt, PredictionTimeout
 from skipline import schemas
 
 router = APIRouter(tags=["predictions"])
 
 
-@dataclass(frozen=True)
-class StoredModel:
-    """The checkpoint that a client means."""
-
-    key: ModelKey
-    document: schemas.PredictingModel
-
-
-def find_model(database: Database, reference: str) -> StoredModel:
-    """Raises `ModelNotFound` or `NoCheckpointYet`."""
-    check_model_reference(reference)
-    with database.read_scope() as session:
-        checkpoint = repository.find_model(session, reference)
-        document, spec = predicting_model(session, checkpoint)
-    assert spec.image_size is not None, "stored specs are resolved"
-    return StoredModel(ModelKey(checkpoint.id, checkpoint.key, spec.image_size), document)
-
-
 # Asynchronous, since it waits for two pools of threads in turn: a thread of the server's own pool
 # that waited with it would be missed by the quick routes.
-@router.post(
-    "/predict",
-    summary="Classify images",
-    response_model=schemas.Predictions,
-    responses=openapi.responses(
-        examples.PREDICTIONS, problems=(400, 404, 409, 413, 415, 422, 429, 504)
-    ),
-    openapi_extra=openapi.predict_body(examples.PREDICT_FORM, examples.PREDICT_DOCUMENT),
-)
-async def predict(request: Request, services: ServicesDep) -> schemas.Predictions:
+async def predict(request: Request) -> schemas.Predictions:
     """Takes a form with one or many `image` files, JSON with `images` in Base64, or one image as
     the body; with it the `model` (a checkpoint's id, a job's for its best checkpoint, or an alias:
     `production` by default) and `top_k`, how many classes to name. Also works while the job still
     trains. `explain` adds a picture of where each answer comes from, `features` what the network
     sees in each image: the means of its last feature map."""
+    services: Services = request.app.state.services
     async with read_request(request) as asked:
         with services.inference.place():
             patience = services.settings.predict_timeout_seconds
@@ -72,6 +44,20 @@ async def predict(request: Request, services: ServicesDep) -> schemas.Prediction
                 "raise SKIPLINE_PREDICT_TIMEOUT_SECONDS"
             )
             return await while_waited_for(request, _predict(asked, services), patience, late)
+
+
+router.add_api_route(
+    "/predict",
+    predict,
+    methods=["POST"],
+    summary="Classify images",
+    response_model=schemas.Predictions,
+    responses=openapi.responses(
+        examples.PREDICTIONS, problems=(400, 404, 409, 413, 415, 422, 429, 504)
+    ),
+    openapi_extra=openapi.predict_body(examples.PREDICT_FORM, examples.PREDICT_DOCUMENT),
+    route_class_override=DirectRoute,
+)
 
 
 @router.get(
@@ -87,15 +73,14 @@ async def list_loaded_models(services: ServicesDep) -> schemas.LoadedModels:
 
 async def _predict(asked: PredictionRequest, services: Services) -> schemas.Predictions:
     started = time.monotonic()
-    reference = asked.options.model
-    model = await run_in_threadpool(find_model, services.database, reference)
-    images = await services.decoder.decode(asked.files, model.key.image_size)
+    find = partial(services.models.find, asked.options.model)
+    model, images = await services.decoder.decode(asked.files, find, _image_size)
     decoded = time.monotonic()
     try:
         answer = await _answer(services, model, images, asked.options)
     except CheckpointCorrupt:
         # A running job drops a checkpoint when a better one appears: perhaps just now.
-        newer = await run_in_threadpool(find_model, services.database, reference)
+        newer = await run_in_threadpool(find)
         if newer == model:
             raise
         model = newer
@@ -113,6 +98,10 @@ async def _predict(asked: PredictionRequest, services: Services) -> schemas.Pred
         predictions=predictions,
         timing_ms=_timing(decode_ms, answer),
     )
+
+
+def _image_size(model: StoredModel) -> int:
+    return model.key.image_size
 
 
 async def _answer(

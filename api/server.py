@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 
 import uvicorn
 from fastapi import FastAPI
@@ -10,6 +11,9 @@ from fastapi import FastAPI
 from api.app import Role, create_app
 from shared.settings import Settings
 
+SWITCH_SECONDS = 0.0005
+"""For which a thread of Python's may go on while others want to. By default it is ten times as
+long, and a probe waits for that once for each thread that decodes an image."""
 SHUTDOWN_SECONDS = 5
 """From SIGTERM until connections that are still busy are cut."""
 
@@ -39,4 +43,5 @@ class Server(uvicorn.Server):
 
 def serve(settings: Settings, host: str, port: int, role: Role = "all") -> None:
     """Serves until SIGINT or SIGTERM. The address was checked to be free."""
+    sys.setswitchinterval(SWITCH_SECONDS)
     Server(create_app(settings, role), host, port).run()

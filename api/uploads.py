@@ -19,8 +19,9 @@ from fastapi.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
 from api import examples, openapi
-from api.dependencies import PageDep, Services, ServicesDep, SubmitterDep, is_id
+from api.dependencies import PageDep, Services, ServicesDep, SubmitterDep
 from api.problems import ANSWER_HEADERS
+from api.references import is_id
 from shared import uploads
 from shared.errors import (
     BodyTooLarge,

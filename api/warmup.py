@@ -8,9 +8,8 @@ import numpy as np
 import structlog
 
 from api.checks import NotYet
-from api.predictions import find_model
 from api.serving.inference import Inference
-from shared.database import Database
+from api.stored_models import StoredModels
 from skipline.specs import PRODUCTION
 
 log = structlog.get_logger(__name__)
@@ -21,8 +20,8 @@ class WarmUp:
     prediction waits neither for torch nor for that model. Where there is no such alias, or it
     cannot be used, it ends with torch in memory."""
 
-    def __init__(self, database: Database, inference: Inference) -> None:
-        self._database = database
+    def __init__(self, models: StoredModels, inference: Inference) -> None:
+        self._models = models
         self._inference = inference
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="warm-up", daemon=True)
@@ -36,7 +35,7 @@ class WarmUp:
     def _run(self) -> None:
         try:
             self._inference.started.wait()
-            model = find_model(self._database, PRODUCTION)
+            model = self._models.find(PRODUCTION)
             size = model.key.image_size
             image = np.zeros((1, size, size, 3), np.uint8)
             self._inference.submit(model.key, image).result()

@@ -14,9 +14,6 @@ from shared.tables import Checkpoint
 from skipline.schemas import ImagePrediction, LabelProbability, PredictingModel
 from skipline.specs import TrainSpec
 
-MAX_BATCH_IMAGES = 64
-"""That go through a network together."""
-
 
 def predicting_model(session: Session, checkpoint: Checkpoint) -> tuple[PredictingModel, TrainSpec]:
     """What answers are said to come from, and the training's spec."""

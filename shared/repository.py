@@ -1032,6 +1032,14 @@ def find_model(session: Session, reference: str) -> Checkpoint:
     raise NoCheckpointYet(f"The job {job.id} has no checkpoint. {detail}")
 
 
+def find_checkpoint_id(session: Session, reference: str) -> str | None:
+    """What `find_model` would find by a checkpoint's own id or by an alias, in one query; no id of
+    a checkpoint can be an alias. None for a job's id, and for what is not there."""
+    stands_for = select(Alias.checkpoint_id).where(Alias.name == reference).scalar_subquery()
+    wanted = (Checkpoint.id == reference) | (Checkpoint.id == stands_for)
+    return session.scalar(select(Checkpoint.id).where(wanted))
+
+
 def trained_spec(job: Job) -> TrainSpec:
     """How the job's model was trained: by the job itself, or elsewhere before it was imported."""
     spec = load_spec(job.spec)
@@ -1084,6 +1092,11 @@ def get_report(session: Session, job_id: str) -> schemas.Report:
     if report is None:
         raise ReportNotReady(f"The job is {job.status}; a report is written when it succeeds")
     return schemas.Report.model_validate(report.document)
+
+
+def has_report(session: Session, job_id: str) -> bool:
+    """Whether `get_report` finds one, which never changes any more."""
+    return session.scalar(select(Report.job_id).where(Report.job_id == job_id)) is not None
 
 
 def own_report(session: Session, checkpoint: Checkpoint) -> schemas.Report | None:

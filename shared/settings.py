@@ -101,6 +101,8 @@ class Settings(BaseSettings):
     """Predictions that wait for the model before the next one is told to come back later."""
     predict_max_wait_ms: float = Field(0.0, ge=0, le=2)
     """That an idle model waits for more images to go through it together."""
+    predict_backend: Literal["auto", "torch"] = "auto"
+    """`auto`: onnxruntime for models that are asked for often, if it is installed."""
     predict_timeout_seconds: float = Field(30.0, gt=0, le=600)
     """After which a prediction that is not answered is given up."""
 

@@ -251,10 +251,12 @@ class Model(Document):
 
 
 class LoadedModel(Document):
-    """A checkpoint in the memory of the process that answered. `num_bytes`: of its weights."""
+    """A checkpoint in the memory of the process that answered. `backend`: what computes its
+    answers; `num_bytes`: of its weights."""
 
     checkpoint_id: str
     arch: str
+    backend: Literal["torch", "onnxruntime"] = "torch"
     num_bytes: int
     loaded_at: Time
     used_at: Time

@@ -110,7 +110,9 @@ def settings(tmp_path: Path, database_url: str) -> Settings:
 
 
 def make_settings(**values: Any) -> Settings:
-    """Settings that read no `.env`."""
+    """Settings that read no `.env`. No model is converted beside a test, unless it is what the
+    test is about."""
+    values.setdefault("predict_backend", "torch")
     return Settings(_env_file=None, **values)  # type: ignore[call-arg]
 
 

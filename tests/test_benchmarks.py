@@ -19,7 +19,7 @@ from PIL import Image
 
 from api.app import create_app
 from api.server import Server
-from benchmarks import batching, cluster, fast_cifar, figures, ingest, queue, training
+from benchmarks import batching, cluster, fast_cifar, figures, ingest, queue, serving, training
 from benchmarks.baselines import images, ours, published, timm_script, torchvision_reference
 from benchmarks.baselines.problem import Turn
 from shared import lifecycle, repository
@@ -480,3 +480,77 @@ def test_clients_are_measured_against_the_bare_network_and_the_ratios_are_of_the
     assert (
         0 < figures["a client waits, median"]["value"] <= figures["a client waits, 99 %"]["value"]
     )
+
+
+# ------------------------------------------------------------------------ predictions over HTTP
+
+
+def test_whole_predictions_are_measured_against_a_hand_written_endpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "figures.json"
+    words = ["--only", "Skipline", "hand-written", "--rounds", "1", "--seconds", "0.5"]
+    words += ["--clients", "1", "3", "--models", "4", "--requests", "24", "--json", str(file)]
+    code = serving.main(words)
+
+    parts = json.loads(file.read_text())["parts"]
+    figures = {figure["name"]: figure for part in parts.values() for figure in part}
+    for clients in ("1 client", "3 clients"):
+        ours, theirs = (figures[f"{name}, {clients}"] for name in ("Skipline", "hand-written"))
+        assert min(ours["value"], theirs["value"]) > 0
+        ratio = figures[f"Skipline / hand-written, {clients}"]["value"]
+        assert ratio == pytest.approx(ours["value"] / theirs["value"])
+        assert (
+            figures[f"Skipline, {clients}, p50"]["value"]
+            <= (figures[f"Skipline, {clients}, p99"]["value"])
+        )
+    assert figures["good images refused, of 75"]["value"] == 0
+    assert figures["damaged images refused, of 75"]["value"] == 75
+    assert figures["bytes of models in memory / allowed"]["is_met"]
+    assert code == (0 if all(figure["is_met"] for figure in figures.values()) else 1)
+    assert "hand-written, 3 clients" in capsys.readouterr().out
+
+
+def test_a_server_that_names_other_classes_is_not_measured() -> None:
+    assert serving.agreement([[1, 2], [3, 4]], [[1, 0], [4, 3]]) == 0.5
+
+
+def test_a_server_that_cannot_be_installed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(contender: serving.Contender, root: Path) -> Path:
+        raise subprocess.CalledProcessError(1, "pip", stderr=b"no such package")
+
+    monkeypatch.setattr(serving, "environment", fail)
+    monkeypatch.setattr(serving, "measure_servers", lambda *rest: {})
+    monkeypatch.setattr(serving, "server_figures", lambda measured: [])
+    assert serving.main(["--only", "LitServe", "--models", "1"]) == 0
+    assert "LitServe cannot be installed here and is left out: no such package" in (
+        capsys.readouterr().out
+    )
+
+
+def test_the_best_of_the_others_is_what_counts() -> None:
+    def measured(rate: float, seconds: float) -> serving.Measured:
+        return serving.Measured({1: [rate]}, {1: [seconds] * 100})
+
+    figures = {
+        figure.name: figure.value
+        for figure in serving.server_figures(
+            {
+                "Skipline": measured(30, 0.01),
+                "hand-written": measured(10, 0.05),
+                "LitServe": measured(20, 0.02),
+            }
+        )
+    }
+    assert figures["Skipline / best other, 1 client"] == 1.5
+    assert figures["Skipline / best other, 1 client, p99"] == pytest.approx(0.5)
+    assert figures["Skipline / hand-written, 1 client"] == 3
+
+
+@pytest.mark.parametrize("words", [["--rounds", "0"], ["--seconds", "0"], ["--only", "nobody"]])
+def test_wrong_usage_of_serving_is_told(words: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        serving.main(words)
+    assert caught.value.code == 2

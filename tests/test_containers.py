@@ -111,7 +111,7 @@ def test_the_image_runs_as_a_user_without_rights() -> None:
 
 
 def test_the_libraries_are_a_layer_that_does_not_change_with_the_code() -> None:
-    (libraries,) = steps_with("RUN", "pip install", "-c constraints.txt", "[server]")
+    (libraries,) = steps_with("RUN", "pip install", "-c constraints.txt", "[server,onnx]")
     copies = [(place, rest) for place, (name, rest) in enumerate(DOCKERFILE) if name == "COPY"]
     before = [rest for place, rest in copies if place < libraries]
     assert before == ["pyproject.toml constraints.txt ./"]

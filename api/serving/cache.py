@@ -6,6 +6,7 @@ requests wait for it, and the one in use is never the one that goes. Others may 
 
 from __future__ import annotations
 
+import ctypes
 from collections import OrderedDict
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from api.serving.acceleration import Accelerator
 from shared.errors import CheckpointCorrupt
 from shared.storage import Storage
 from skipline.schemas import LoadedModel, LoadedModels
@@ -23,11 +25,21 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
+_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+"""Of glibc's alone."""
+USES_BEFORE_CONVERSION = 8
+"""Batches. Who is asked for less often is not worth the seconds of a core that it takes."""
+
 
 @dataclass
 class _Entry:
+    """`converted`: the name of its file for onnxruntime; None once that is not asked for."""
+
     model: Predictor
     facts: LoadedModel
+    folder: Path
+    converted: str | None
+    num_uses: int = 0
 
 
 @dataclass(frozen=True)
@@ -46,12 +58,20 @@ class ModelCache:
     Args:
         max_bytes: of the weights in memory, the one that is being loaded included: others make
             room before. A model that is larger is loaded alone.
+        accelerator: converts those that are used often.
     """
 
-    def __init__(self, storage: Storage, max_bytes: int, device: str) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        max_bytes: int,
+        device: str,
+        accelerator: Accelerator | None = None,
+    ) -> None:
         self._storage = storage
         self._max_bytes = max_bytes
         self._device = device
+        self._accelerator = accelerator
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
         self.loaded = LoadedModels(items=[], num_bytes=0, max_bytes=max_bytes)
         """What is there now: replaced whole, so that any thread may read it."""
@@ -63,12 +83,35 @@ class ModelCache:
             file = self._verified(key)
             self._make_room(file.stat().st_size)
             model = self._load(key, file.parent)
-            entry = self._entries[key.checkpoint_id] = _Entry(model, _facts(key, model))
+            name = None if self._accelerator is None else self._accelerator.name(file.parent)
+            entry = _Entry(model, _facts(key, model), file.parent, name)
+            self._entries[key.checkpoint_id] = entry
         else:
             entry.facts = entry.facts.model_copy(update={"used_at": datetime.now(UTC)})
+        self._accelerate(entry)
         self._entries.move_to_end(key.checkpoint_id)
         self._tell()
         return entry.model
+
+    def _accelerate(self, entry: _Entry) -> None:
+        """Lets onnxruntime answer as soon as it can."""
+        if self._accelerator is None or entry.converted is None:
+            return
+        entry.num_uses += 1
+        path = self._accelerator.find(entry.converted)
+        if path is not None:
+            entry.converted = None
+            try:
+                entry.model.accelerate(path)
+                _give_back()
+            except Exception as error:  # of onnxruntime's, which knows many
+                path.unlink(missing_ok=True)
+                log.warning("a converted model cannot be used", reason=str(error)[:1000])
+            entry.facts = entry.facts.model_copy(
+                update={"backend": entry.model.backend, "num_bytes": entry.model.num_bytes}
+            )
+        elif entry.num_uses == USES_BEFORE_CONVERSION:
+            self._accelerator.ask(entry.converted, entry.folder)
 
     def _verified(self, key: ModelKey) -> Path:
         """The file with the weights, which is as it was written. Before others make room: a damaged
@@ -84,7 +127,8 @@ class ModelCache:
         bundle, weights = read_bundle(folder)
         if bundle.preprocessing.image_size != key.image_size:
             raise CheckpointCorrupt("The checkpoint is for images of another size than its job's")
-        model = Predictor(bundle, weights, self._device)
+        model = Predictor(bundle, weights, self._device, lambda: read_bundle(folder)[1])
+        _give_back()
         log.info("model loaded", checkpoint_id=key.checkpoint_id, num_bytes=model.num_bytes)
         return model
 
@@ -106,11 +150,19 @@ class ModelCache:
         return sum(entry.model.num_bytes for entry in self._entries.values())
 
 
+def _give_back() -> None:
+    """Hands free memory back to the system. Loading a model leaves as much of it behind as its
+    weights take, and the allocator would keep that, and that of models which have gone."""
+    if _trim is not None:
+        _trim(0)
+
+
 def _facts(key: ModelKey, model: Predictor) -> LoadedModel:
     now = datetime.now(UTC)
     return LoadedModel(
         checkpoint_id=key.checkpoint_id,
         arch=model.bundle.spec.model.arch,
+        backend=model.backend,
         num_bytes=model.num_bytes,
         loaded_at=now,
         used_at=now,

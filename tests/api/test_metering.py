@@ -55,7 +55,7 @@ def test_requests_are_counted_by_the_pattern_of_their_path(sqlite_api: Any) -> N
     before = samples(sqlite_api)
     for path in ("/jobs/one", "/jobs/two", "/invented/one", "/invented/two", "/jobs"):
         sqlite_api.get(path)
-    sqlite_api.request("BREW", "/jobs")
+    sqlite_api.request("PROPFIND", "/jobs")
     after = samples(sqlite_api)
     name = "skipline_http_request_seconds_count"
     grown = {

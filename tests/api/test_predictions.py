@@ -217,10 +217,10 @@ def test_a_damaged_checkpoint_is_refused_and_not_kept(
 def test_a_checkpoint_that_vanishes_while_it_is_asked_for_gives_way_to_the_next(
     api: Any, trained: Any, worker: Any, png: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from api import predictions
+    from api.stored_models import StoredModels
 
     job_id, attempt = trained
-    find = predictions.find_model
+    find = StoredModels.find
     looked_up = []
 
     def find_then_lose_it(*args: Any) -> Any:
@@ -231,7 +231,7 @@ def test_a_checkpoint_that_vanishes_while_it_is_asked_for_gives_way_to_the_next(
         looked_up.append(found.document.step)
         return found
 
-    monkeypatch.setattr(predictions, "find_model", find_then_lose_it)
+    monkeypatch.setattr(StoredModels, "find", find_then_lose_it)
     answer = api.predict([png()], model=job_id)
     assert answer.status_code == 200, answer.text
     assert answer.json()["model"]["step"] == 20

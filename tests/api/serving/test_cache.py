@@ -15,6 +15,7 @@ BUNDLE = SimpleNamespace(spec=SimpleNamespace(model=SimpleNamespace(arch="resnet
 
 @dataclass
 class Model:
+    backend = "torch"
     num_bytes: int
     bundle: ClassVar[Any] = BUNDLE
 
