@@ -142,15 +142,19 @@ def skipline_variables(place: Workplace) -> dict[str, str]:
 
 
 def settled(server: Running) -> None:
-    """Models that are asked for often are converted meanwhile, in the first turn alone."""
+    """Models that are asked for often are converted meanwhile, in the first turn alone. Raises
+    `RuntimeError` if that does not come to an end."""
+    if not is_possible():
+        return
     call = Call("/models/loaded", headers=(("Authorization", f"Bearer {KEY}"),))
     deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline and is_possible():
+    while time.monotonic() < deadline:
         _, loaded = server.answer(call)
         if all(item["backend"] == "onnxruntime" for item in loaded["items"]):
             return
         server.answer(server.contender.call(images()[0]))
         time.sleep(0.1)
+    raise RuntimeError("The model was not converted: the server's log says why")
 
 
 SKIPLINE = Contender(

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from shared import datasets, lifecycle, repository, schema
+from shared import datasets, lifecycle, repository, schema, uploads
 from shared.database import Database
 from shared.lifecycle import Action, Capacity, Fence
 from shared.settings import Settings
@@ -132,6 +132,21 @@ class Shop:
         spec = PredictSpec.model_validate({"model": model} | keys)
         with self.database.session_scope() as session:
             return repository.add_job(session, spec).id
+
+    def upload(self, file_name: str, data: bytes) -> str:
+        """A file as a client has sent it; returns the upload's id."""
+        root = self.storage.root
+        with self.database.session_scope() as session:
+            upload = uploads.create(
+                session,
+                self.settings,
+                root,
+                submitter="",
+                file_name=file_name,
+                num_bytes=len(data),
+            )
+            uploads.data_path(root, upload.id).write_bytes(data)
+            return upload.id
 
     def ingest(self, folder: Path, name: str) -> str:
         spec = IngestSpec(source="path", path=str(folder), name=name)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from shared import repository, uploads
+from shared import repository
 from shared.answers import predicting_model
 from shared.tables import Job
 from shared.vision.bundle import read_bundle
@@ -38,18 +38,10 @@ def exported(shop: Shop, trained: str, tmp_path: Path) -> Path:
 
 
 def take_in(shop: Shop, data: bytes) -> Job:
+    spec = ImportSpec(upload_id=shop.upload("model.safetensors", data))
     with shop.database.session_scope() as session:
-        upload = uploads.create(
-            session,
-            shop.settings,
-            shop.storage.root,
-            submitter="",
-            file_name="model.safetensors",
-            num_bytes=len(data),
-        )
-        uploads.data_path(shop.storage.root, upload.id).write_bytes(data)
-        job = repository.add_job(session, ImportSpec(upload_id=upload.id))
-    return shop.attempt(job.id)
+        job_id = repository.add_job(session, spec).id
+    return shop.attempt(job_id)
 
 
 def test_a_model_comes_in_with_its_weights_its_report_and_how_it_was_trained(

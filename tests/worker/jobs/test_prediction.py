@@ -105,22 +105,15 @@ def test_an_archive_may_hold_images_anywhere_and_one_that_is_none_fails_alone(
     png = io.BytesIO()
     Image.fromarray(pixels).save(png, "PNG")
     files = {"one.png": png.getvalue(), "b/c/d.png": png.getvalue(), "b/bad.png": b"no image"}
-    with shop.database.session_scope() as session:
-        upload = uploads.create(
-            session,
-            shop.settings,
-            shop.storage.root,
-            submitter="",
-            file_name="photos.tar",
-            num_bytes=None,
-        )
-        upload_id = upload.id
-    path = uploads.data_path(shop.storage.root, upload_id)
-    with tarfile.open(path, "w") as archive:
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as archive:
         for name, data in files.items():
             member = tarfile.TarInfo(name)
             member.size = len(data)
             archive.addfile(member, io.BytesIO(data))
+    upload_id = shop.upload("photos.tar", packed.getvalue())
+    path = uploads.data_path(shop.storage.root, upload_id)
+    assert path.exists()
     job = shop.attempt(shop.predict(model, upload_id=upload_id))
     assert job.status == JobStatus.succeeded, job.error
     document, rows = answered(shop, job.id)
