@@ -36,6 +36,7 @@ async def predict(request: Request) -> schemas.Predictions:
     trains. `explain` adds a picture of where each answer comes from, `features` what the network
     sees in each image: the means of its last feature map."""
     services: Services = request.app.state.services
+    await services.inference.room()  # before the body is read: a refusal should cost little
     async with read_request(request) as asked:
         with services.inference.place():
             patience = services.settings.predict_timeout_seconds

@@ -52,6 +52,8 @@ FOLDER = Path(__file__).parent / "servers"
 CLIENTS = (1, 8, 32)
 AT_LEAST = {1: 1.7, 32: 2.6}
 """Times the hand-written endpoint's requests per second, by clients."""
+NUM_TOO_MANY = 128
+"""Clients, of whom half may wait by default."""
 NUM_IMAGES = 64
 KEY = "the-benchmark's-key"
 PNG = "image/png"
@@ -572,6 +574,29 @@ def health_figures(place: Workplace, seconds: float) -> list[Figure]:
     ]
 
 
+def overload_figures(place: Workplace, seconds: float) -> list[Figure]:
+    """The same beside more clients than may wait, of whom those that are told to come back later
+    come back at once."""
+    calls = [SKIPLINE.call(file) for file in images()]
+    bin_ = environment(SKIPLINE, place.scratch)
+    with running(SKIPLINE, bin_, place) as server, ProcessPoolExecutor(2, SPAWN) as both:
+        both.submit(load, server.port, calls, 32, 1.0).result()
+        calm = both.submit(load, server.port, calls, 32, seconds).result()
+        busy = both.submit(load, server.port, calls, NUM_TOO_MANY, seconds + 1)
+        times = sorted(both.submit(probe, server.port, Call("/healthz"), seconds, 0.02).result())
+        overload = busy.result()
+    other = {status: num for status, num in overload.refused.items() if status != 429}
+    assert not other, other
+    return [
+        Figure("answered 429", overload.refused.get(429, 0) / overload.seconds, "requests/s"),
+        Figure("answered 200 / with 32 clients", overload.rate / calm.rate, ""),
+        Figure("/healthz meanwhile, p50", 1000 * statistics.median(times), "ms"),
+        Figure(
+            "/healthz meanwhile, p99", 1000 * times[int(0.99 * len(times))], "ms", at_most=50.0
+        ),
+    ]
+
+
 def corrupt_figures(place: Workplace) -> list[Figure]:
     """75 good images among as many that are cut short, all of them asked for at once."""
     good = [SKIPLINE.call(file) for file in (images() * 2)[:75]]
@@ -681,6 +706,7 @@ def main(words: Sequence[str] | None = None) -> int:
         if SKIPLINE.name in asked.only:
             num_hot = max(1, asked.models // 50)
             parts["health"] = health_figures(place, asked.seconds)
+            parts["overload"] = overload_figures(place, asked.seconds)
             parts["damaged"] = corrupt_figures(place)
             parts["models"] = model_figures(place, ids, num_hot, asked.requests)
     for part, figures in parts.items():

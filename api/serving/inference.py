@@ -8,6 +8,7 @@ lets it.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
 import threading
@@ -37,6 +38,8 @@ MAX_BATCH_IMAGES = 64
 MAX_BATCH_IMAGES_CPU = 16
 """Sixteen images take nearly sixteen times as long as one: a larger batch would only let the next
 one wait."""
+PAUSE_SECONDS = 0.25
+"""Before a client is told to come back later."""
 NICENESS = 5
 """Of what computes: the threads that read requests, decode images and answer probes come first."""
 
@@ -93,12 +96,22 @@ class Inference:
         self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
         self._thread.start()
 
+    async def room(self) -> None:
+        """Returns at once where a place is free. Raises `TooBusy` where none is, but only after a
+        pause: clients that come back at once would keep the process busy with refusing them."""
+        if self._num_places_taken >= self._max_waiting:
+            await asyncio.sleep(PAUSE_SECONDS)
+            self._require_room()
+
+    def _require_room(self) -> None:
+        if self._num_places_taken >= self._max_waiting:
+            raise TooBusy(f"{self._max_waiting} predictions wait already; try again in a moment")
+
     @contextmanager
     def place(self) -> Iterator[None]:
         """A place in the queue for one prediction, from before its images are decoded until it
         is answered. Used by the event loop's thread alone. Raises `TooBusy`."""
-        if self._num_places_taken >= self._max_waiting:
-            raise TooBusy(f"{self._max_waiting} predictions wait already; try again in a moment")
+        self._require_room()
         self._num_places_taken += 1
         try:
             yield

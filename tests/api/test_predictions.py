@@ -301,7 +301,9 @@ def test_beyond_so_many_predictions_one_is_told_to_come_back(
         answers = [clients.submit(api.predict, [png()], model=trained[0]) for _ in range(2)]
         wait_for(lambda: inference._num_places_taken == 2, "second prediction")
         response = api.predict([png()], model=trained[0])
+        unread = api.post("/predict", content=b"no image", headers={"Content-Type": "text/plain"})
         held.released.set()
+        assert_problem(unread, 429, "too_busy")
         assert_problem(response, 429, "too_busy")
         assert response.headers["retry-after"] == "2"
         assert [answer.result().status_code for answer in answers] == [200, 200]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +12,8 @@ import numpy as np
 import pytest
 
 from api.serving.cache import ModelKey
-from api.serving.inference import MAX_BATCH_IMAGES, Inference
+from api.serving.inference import MAX_BATCH_IMAGES, PAUSE_SECONDS, Inference
+from shared.errors import TooBusy
 
 KEY = ModelKey("a", "a", 2)
 OTHER = ModelKey("b", "b", 2)
@@ -46,6 +49,28 @@ def patient(cache: Cache) -> Iterator[Inference]:
 
 def squares(number: int) -> Any:
     return np.zeros((number, 2, 2, 3), np.uint8)
+
+
+def test_a_refusal_waits_for_a_place_to_become_free_first(cache: Cache) -> None:
+    inference = Inference(cache, 1)  # type: ignore[arg-type]
+
+    async def ask() -> None:
+        await inference.room()
+        with inference.place():
+            early = asyncio.create_task(inference.room())
+            await asyncio.sleep(0)
+            began = time.monotonic()
+            with pytest.raises(TooBusy):
+                await inference.room()
+            assert time.monotonic() - began >= PAUSE_SECONDS
+            with pytest.raises(TooBusy):
+                await early
+            late = asyncio.create_task(inference.room())
+            await asyncio.sleep(0)
+        await late
+
+    asyncio.run(ask())
+    inference.stop()
 
 
 def test_an_idle_model_does_not_wait_unless_it_is_let(cache: Cache) -> None:
