@@ -591,9 +591,7 @@ def overload_figures(place: Workplace, seconds: float) -> list[Figure]:
         Figure("answered 429", overload.refused.get(429, 0) / overload.seconds, "requests/s"),
         Figure("answered 200 / with 32 clients", overload.rate / calm.rate, ""),
         Figure("/healthz meanwhile, p50", 1000 * statistics.median(times), "ms"),
-        Figure(
-            "/healthz meanwhile, p99", 1000 * times[int(0.99 * len(times))], "ms", at_most=50.0
-        ),
+        Figure("/healthz meanwhile, p99", 1000 * times[int(0.99 * len(times))], "ms", at_most=50.0),
     ]
 
 
