@@ -64,7 +64,7 @@ def _model_rows(model: schemas.Model, spec: TrainSpec) -> Iterator[tuple[str, st
 
 def _data(model: schemas.Model, dataset: schemas.Dataset | None) -> Iterator[str]:
     if dataset is None:
-        yield f"{_text(model.dataset)}; its record is not stored any more."
+        yield f"{_text(model.dataset)}; its record is not stored here."
         return
     splits = ", ".join(f"{name} {split.num_images:,}" for name, split in dataset.splits.items())
     rows = [

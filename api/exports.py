@@ -16,6 +16,7 @@ from api.references import check_model_reference
 from api.waiting import while_waited_for
 from shared import repository
 from shared.answers import predicting_model
+from shared.bundle_files import MODEL_FILES
 from shared.errors import ExportTimeout
 from skipline.catalog import EXPORT_SUFFIXES
 from skipline.schemas import ExportFormat, ModelOrigin
@@ -70,7 +71,7 @@ def _stored(services: Services, reference: str) -> tuple[Path, str, str]:
         checkpoint = repository.find_model(session, reference)
         model, _ = predicting_model(session, checkpoint)
         report = repository.own_report(session, checkpoint)
-    folder = services.storage.verify(checkpoint.key)
+    folder = services.storage.verify(checkpoint.key, *MODEL_FILES)
     origin = ModelOrigin(model=model, report=report)
     return folder, origin.model_dump_json(), f"{model.arch}-{checkpoint.id}"
 

@@ -58,6 +58,7 @@ NUM_IMAGES = 64
 KEY = "the-benchmark's-key"
 PNG = "image/png"
 START_SECONDS = 180.0
+STOP_SECONDS = 15.0
 BATCH_WAIT = "0.001"
 """Seconds for which others that have to be told wait for a batch to fill up."""
 SPAWN = multiprocessing.get_context("spawn")
@@ -320,13 +321,14 @@ def running(
     finally:
         process.send_signal(signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
-            process.wait(15)
-        while left := server.processes():
+            process.wait(STOP_SECONDS)
+        deadline = time.monotonic() + STOP_SECONDS
+        while (left := server.processes()) and time.monotonic() < deadline:
             for pid in left:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.05)
-        process.wait()
+        process.wait(STOP_SECONDS)
 
 
 def _wait_until_ready(server: Running, process: subprocess.Popen[bytes], printed: Path) -> None:
@@ -369,11 +371,11 @@ def prepare(place: Workplace, num_models: int) -> list[str]:
 
     from api import examples
     from shared import aliases, lifecycle, repository, schema
+    from shared.bundle_files import WEIGHTS_FILE
     from shared.database import Database
     from shared.lifecycle import Capacity
     from shared.settings import Settings
     from shared.storage import Storage
-    from shared.vision.bundle import WEIGHTS_FILE
     from skipline.catalog import BUILTIN_DATASETS, resolve
     from skipline.schemas import JobStatus, Report
     from skipline.specs import TrainSpec

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import structlog
 
+from shared.bundle_files import BUNDLE_FILE
 from skipline.schemas import ModelOrigin, PredictingModel
 
 log = structlog.get_logger(__name__)
@@ -57,8 +58,6 @@ class Accelerator:
 
     def name(self, bundle_folder: Path) -> str:
         """Of the file for this bundle, whose document has the hash of its weights."""
-        from shared.vision.bundle import BUNDLE_FILE
-
         digest = hashlib.sha256((bundle_folder / BUNDLE_FILE).read_bytes()).hexdigest()
         return f"{digest}.{FORMAT}.onnx"
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from api.serving.acceleration import Accelerator
+from shared.bundle_files import MODEL_FILES, WEIGHTS_FILE
 from shared.errors import CheckpointCorrupt
 from shared.storage import Storage
 from skipline.schemas import LoadedModel, LoadedModels
@@ -116,9 +117,7 @@ class ModelCache:
     def _verified(self, key: ModelKey) -> Path:
         """The file with the weights, which is as it was written. Before others make room: a damaged
         one drives none of them out."""
-        from shared.vision.bundle import BUNDLE_FILE, WEIGHTS_FILE
-
-        return self._storage.verify(key.storage_key, WEIGHTS_FILE, BUNDLE_FILE) / WEIGHTS_FILE
+        return self._storage.verify(key.storage_key, *MODEL_FILES) / WEIGHTS_FILE
 
     def _load(self, key: ModelKey, folder: Path) -> Predictor:
         from shared.vision.bundle import read_bundle

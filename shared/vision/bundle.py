@@ -22,13 +22,11 @@ import torchvision
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 
+from shared.bundle_files import BUNDLE_FILE, WEIGHTS_FILE
 from shared.errors import CheckpointCorrupt
 from shared.vision.architectures import Network, build_model
 from shared.vision.preprocessing import Preprocessing
 from skipline.specs import TrainSpec
-
-WEIGHTS_FILE = "model.safetensors"
-BUNDLE_FILE = "bundle.json"
 
 Weights = Mapping[str, torch.Tensor]
 """A model's state dict: parameters and buffers by name."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import tempfile
 import threading
@@ -14,8 +15,8 @@ import onnxruntime
 import pytest
 
 from api import exporting
-from shared.storage import Storage
-from shared.vision.bundle import WEIGHTS_FILE
+from shared.bundle_files import WEIGHTS_FILE
+from shared.storage import MANIFEST, Storage
 from shared.vision.portable import METADATA_KEY, read_portable
 from tests.api.conftest import assert_problem
 
@@ -95,6 +96,18 @@ def test_a_damaged_checkpoint_is_not_exported(
     data[-1] ^= 1
     path.write_bytes(data)
     assert_problem(export(api, job_id), 409, "checkpoint_corrupt")
+
+
+def test_what_a_training_would_resume_from_may_be_damaged(
+    api: Any, trained: tuple[str, str], settings: Any
+) -> None:
+    job_id, key = trained
+    folder = Storage(settings.artifacts_path).path(key)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    (folder / "resume").write_bytes(b"")
+    manifest["resume"] = {"sha256": "another", "num_bytes": 1}
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    assert export(api, job_id).status_code == 200
 
 
 def test_what_there_is_not_is_named(api: Any, trained: tuple[str, str]) -> None:

@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from shared.bundle_files import WEIGHTS_FILE
 from shared.storage import Storage
-from shared.vision.bundle import WEIGHTS_FILE
 from skipline import Skipline
 from skipline.client import SkiplineError
 from skipline.schemas import Job, JobStatus

@@ -11,6 +11,7 @@ import torch
 from sqlalchemy.orm import Session
 
 from shared import datasets, repository
+from shared.bundle_files import BUNDLE_FILE
 from shared.comparison import Outcomes
 from shared.dataset_files import read_index
 from shared.errors import CheckpointCorrupt, ModelNotFound, NoCheckpointYet, TrainingError
@@ -130,12 +131,13 @@ def evaluation_of(
 def bundle_of(context: Context, checkpoint: Checkpoint) -> tuple[Bundle, dict[str, torch.Tensor]]:
     """Raises `TrainingError` `checkpoint_corrupt`."""
     try:
-        return read_bundle(context.storage.path(checkpoint.key))
+        # The hash of the weights is in the bundle's document, and that one's in the manifest.
+        return read_bundle(context.storage.verify(checkpoint.key, BUNDLE_FILE))
     except CheckpointCorrupt as error:
         raise TrainingError(
             error.code,
             f"The checkpoint {checkpoint.id} is damaged: {error.detail}",
-            "Evaluate another checkpoint of its job, or train again",
+            "Take another checkpoint of its job, or train again",
         ) from None
 
 

@@ -8,11 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from shared.bundle_files import BUNDLE_FILE, WEIGHTS_FILE
 from shared.errors import CheckpointCorrupt
 from shared.vision.architectures import build_model
 from shared.vision.bundle import (
-    BUNDLE_FILE,
-    WEIGHTS_FILE,
     Bundle,
     BundleDataset,
     read_bundle,

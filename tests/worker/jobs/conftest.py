@@ -15,13 +15,13 @@ from PIL import Image
 from torch import nn
 
 from shared import datasets, lifecycle, repository, schema, uploads
+from shared.bundle_files import WEIGHTS_FILE
 from shared.database import Database
 from shared.lifecycle import Action, Capacity, Fence
 from shared.settings import Settings
 from shared.storage import Storage
 from shared.tables import Checkpoint, Job
 from shared.vision import bundle
-from shared.vision.bundle import WEIGHTS_FILE
 from skipline import catalog, schemas
 from skipline.schemas import JobKind, JobStatus
 from skipline.specs import EvaluateSpec, IngestSpec, ModelSpec, PredictSpec, TrainSpec

@@ -1,9 +1,11 @@
-"""A disk that fills up while checkpoints are written: the job fails, and what was stored before is
-as good as ever."""
+"""A disk that fills up while checkpoints or answers are written: the job fails, and what was stored
+before is as good as ever."""
 
 from __future__ import annotations
 
+import io
 import resource
+import zipfile
 from collections.abc import Iterator
 from functools import partial
 from types import SimpleNamespace
@@ -104,3 +106,29 @@ def test_a_last_checkpoint_that_cannot_be_written_fails_the_job(
     assert_disk_full(shop, job, last_step=STEPS_PER_EPOCH)
     evaluation = shop.attempt(shop.evaluate(job.id))
     assert evaluation.status == JobStatus.succeeded, evaluation.error
+
+
+@pytest.mark.usefixtures("file_limit")
+def test_answers_that_cannot_be_written_fail_the_job_and_leave_the_upload(shop: Shop) -> None:
+    model = shop.train(epochs=1)
+    assert shop.attempt(model).status == JobStatus.succeeded
+    packed, num_files = io.BytesIO(), 20_000
+    with zipfile.ZipFile(packed, "w") as archive:
+        for number in range(num_files):  # each a line of more than 200 bytes
+            archive.writestr(f"{'folder' * 30}/{number}.txt", b"")
+    upload_id = shop.upload("images.zip", packed.getvalue())
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    first = shop.predict(model, upload_id=upload_id)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4 * MIB, hard))
+    job = shop.attempt(first)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert job.status == JobStatus.failed
+    assert job.error is not None
+    assert job.error["code"] == "disk_full"
+    assert "the predictions" in job.error["message"]
+    assert list((shop.storage.root / "staging").iterdir()) == []
+    assert shop.storage.keys(f"jobs/{model}") == sorted({r.key for r in shop.checkpoints(model)})
+    again = shop.attempt(shop.predict(model, upload_id=upload_id))
+    assert again.status == JobStatus.succeeded, again.error
+    assert again.result is not None
+    assert again.result["num_images"] == num_files

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from shared import repository, uploads
+from shared.bundle_files import BUNDLE_FILE, WEIGHTS_FILE
 from shared.tables import Upload
 from shared.vision.bundle import read_bundle
 from shared.vision.predictor import Predictor
@@ -143,6 +144,32 @@ def test_an_attempt_that_broke_off_leaves_nothing_behind(shop: Shop, model: str)
     assert shop.storage.keys(f"jobs/{job_id}") == [f"jobs/{job_id}/2/predictions"]
     document, _ = answered(shop, job_id)
     assert len(document.predictions) == 2 * (NUM_TRAIN + NUM_TEST)
+
+
+@pytest.mark.parametrize("kind", ["predict", "evaluate"])
+@pytest.mark.parametrize(
+    ("file", "found", "other"),
+    [(BUNDLE_FILE, b'"dark"', b'"dank"'), (WEIGHTS_FILE, None, None)],
+    ids=["document", "weights"],
+)
+def test_a_model_of_which_a_byte_has_flipped_answers_nothing(
+    shop: Shop, model: str, kind: str, file: str, found: bytes | None, other: bytes | None
+) -> None:
+    [best] = [row for row in shop.checkpoints(model) if row.kind == "best"]
+    path = shop.storage.path(best.key) / file
+    data = path.read_bytes()
+    if found is None:
+        data = data[:-1] + bytes([data[-1] ^ 1])
+    else:
+        assert data.count(found) == 1
+        data = data.replace(found, other or b"")
+    path.write_bytes(data)
+    post = shop.predict if kind == "predict" else shop.evaluate
+    job = shop.attempt(post(model, dataset="squares"))
+    assert job.status == JobStatus.failed
+    assert job.error is not None
+    assert job.error["code"] == "checkpoint_corrupt"
+    assert job.error["hint"]
 
 
 @pytest.mark.parametrize(
