@@ -15,6 +15,8 @@ from sqlalchemy import (
     ColumnElement,
     Row,
     Select,
+    String,
+    bindparam,
     cast,
     delete,
     func,
@@ -1032,12 +1034,18 @@ def find_model(session: Session, reference: str) -> Checkpoint:
     raise NoCheckpointYet(f"The job {job.id} has no checkpoint. {detail}")
 
 
+# Asked at every prediction: to put it together would take as long as to ask it.
+_REFERENCE = bindparam("reference", type_=String)
+_STANDS_FOR = select(Alias.checkpoint_id).where(Alias.name == _REFERENCE).scalar_subquery()
+_CHECKPOINT_ID = select(Checkpoint.id).where(
+    (Checkpoint.id == _REFERENCE) | (Checkpoint.id == _STANDS_FOR)
+)
+
+
 def find_checkpoint_id(session: Session, reference: str) -> str | None:
     """What `find_model` would find by a checkpoint's own id or by an alias, in one query; no id of
     a checkpoint can be an alias. None for a job's id, and for what is not there."""
-    stands_for = select(Alias.checkpoint_id).where(Alias.name == reference).scalar_subquery()
-    wanted = (Checkpoint.id == reference) | (Checkpoint.id == stands_for)
-    return session.scalar(select(Checkpoint.id).where(wanted))
+    return session.scalar(_CHECKPOINT_ID, {"reference": reference})
 
 
 def trained_spec(job: Job) -> TrainSpec:
