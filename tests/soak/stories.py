@@ -21,6 +21,9 @@ import numpy as np
 from PIL import Image
 
 NUM_DATASETS = 3
+LABELS = ("across", "down")
+NUM_IMAGES = {"train": 24, "test": 8}
+"""Of each class."""
 STEPS_PER_EPOCH = 6
 LOG_EVERY_STEPS = 2
 LONG = 5000
@@ -192,6 +195,29 @@ class Teller:
         self.promise(evaluation, "succeeded", story="evaluate after a training")
         self.client.end(evaluation)
 
+    def train_and_predict(self) -> None:
+        """A batch prediction that waits for its model, and then has an answer for each image."""
+        story = "batch prediction after a training"
+        spec = self.training(1)
+        training = self.client.post(spec)
+        self.promise(training, "succeeded", story=story, num_epochs=1)
+        job_id = self.client.post(
+            {"kind": "predict", "model": training, "dataset": spec["dataset"], "after": training}
+        )
+        self.promise(job_id, "succeeded", story=story)
+        if self.client.end(job_id) == "succeeded":
+            answer = self.client.ask("GET", f"/jobs/{job_id}/predictions")
+            assert answer.status_code == 200, answer.text[:300]
+            found = Counter(
+                (image["split"], image["label"])
+                for image in answer.json()["predictions"]
+                if len(image["top"]) == len(LABELS)
+            )
+            wanted = {
+                (split, label): count for split, count in NUM_IMAGES.items() for label in LABELS
+            }
+            assert found == wanted, found
+
     def fine_tune(self) -> None:
         """A training that begins with the weights of the one it waits for."""
         spec = self.training(1)
@@ -296,6 +322,7 @@ STORIES: tuple[tuple[Story, int, int], ...] = (
     # The story, the jobs that it posts, and how often it is told, of all.
     (Teller.train, 1, 5),
     (Teller.train_and_evaluate, 2, 3),
+    (Teller.train_and_predict, 2, 2),
     (Teller.fine_tune, 2, 2),
     (Teller.fail, 3, 3),
     (Teller.cancel_at_once, 1, 6),
@@ -323,12 +350,12 @@ def draw(rng: random.Random, num_jobs: int) -> Iterator[Story]:
 
 def make_images(folder: Path) -> None:
     """`NUM_DATASETS` folders of PNG files of 8x8 pixels: class `across` has horizontal stripes,
-    `down` vertical ones, with noise. 48 images to train on and 16 to test, in each."""
+    `down` vertical ones, with noise."""
     rows = np.arange(8)
     for number in range(NUM_DATASETS):
         rng = np.random.default_rng(number)
-        for split, count in (("train", 24), ("test", 8)):
-            for label, turns in (("across", 0), ("down", 1)):
+        for split, count in NUM_IMAGES.items():
+            for turns, label in enumerate(LABELS):
                 place = folder / f"stripes{number}" / split / label
                 place.mkdir(parents=True)
                 for index in range(count):

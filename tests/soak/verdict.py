@@ -21,7 +21,7 @@ from shared.errors import CheckpointCorrupt
 from shared.housekeeping import MIN_AGE_SECONDS, Housekeeper
 from shared.settings import Settings
 from shared.storage import Storage
-from shared.tables import Attempt, Checkpoint, Dataset, Event, Job, MetricPoint, Report
+from shared.tables import Attempt, Checkpoint, Dataset, Event, Job, MetricPoint, Predictions, Report
 from shared.vision.bundle import read_bundle
 from tests.soak.stories import LOG_EVERY_STEPS, STEPS_PER_EPOCH, Ledger, Promise
 from worker.engine.resume import RESUME_FILE, load_resume
@@ -138,7 +138,8 @@ def _storage_is_tidy(settings: Settings, database: Database, storage: Storage) -
     age(storage.root, 2 * MIN_AGE_SECONDS)
     Housekeeper(settings, database, storage).tidy()
     with database.read_scope() as session:
-        named = {*session.scalars(select(Checkpoint.key)), *session.scalars(select(Dataset.key))}
+        columns = (Checkpoint.key, Dataset.key, Predictions.key)
+        named = {key for column in columns for key in session.scalars(select(column))}
     there = {*storage.keys("jobs"), *storage.keys("datasets")}
     return [
         *(f"no row names the folder {key}" for key in sorted(there - named)),
