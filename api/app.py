@@ -11,6 +11,7 @@ from fastapi import Depends, FastAPI
 
 from api import (
     architectures,
+    bodies,
     comparisons,
     dataset_images,
     datasets,
@@ -160,6 +161,7 @@ def create_app(settings: Settings | None = None, role: Role = "all") -> FastAPI:
     )
     app.state.settings = settings or get_settings()
     app.state.role = role
+    bodies.install(app)
     problems.install(app)
     metering.install(app)
     for module in _MODULES[role]:

@@ -7,13 +7,14 @@ that is too large, declared or chunked, is refused with a problem document like 
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from email.message import Message
 from typing import Annotated, Any, TypeVar
 
-from fastapi import Depends, Request
+from fastapi import Depends, FastAPI, Request
 from pydantic import ValidationError
 from starlette import types
 from starlette.datastructures import FormData
@@ -27,6 +28,39 @@ from skipline.specs import error_items
 T = TypeVar("T")
 
 MAX_FORM_FIELDS = 16
+SILENCE_SECONDS = 60.0
+"""In which nothing comes of a body that is not complete."""
+
+
+class SilenceLimit:
+    """Takes a client for gone when it is silent for too long within a body. A machine that lost its
+    network says no farewell: what it holds, as the one place to write to its upload, it would hold
+    for ever."""
+
+    def __init__(self, app: types.ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: types.Scope, receive: types.Receive, send: types.Send) -> None:
+        is_complete = scope["type"] != "http"
+
+        async def receive_in_time() -> types.Message:
+            nonlocal is_complete
+            if is_complete:  # From here on it may be silent for as long as it likes.
+                return await receive()
+            try:
+                async with asyncio.timeout(SILENCE_SECONDS):
+                    message = await receive()
+            except TimeoutError:
+                return {"type": "http.disconnect"}
+            is_complete = not message.get("more_body", False)
+            return message
+
+        await self._app(scope, receive_in_time, send)
+
+
+def install(app: FastAPI) -> None:
+    """Limits how long the clients of `app` may be silent."""
+    app.add_middleware(SilenceLimit)
 
 
 def limited(request: Request, max_bytes: int) -> Request:

@@ -105,7 +105,11 @@ def _on_database_away(request: Request, error: SQLAlchemyError) -> Response:
 
 
 def _on_disconnect(request: Request, error: ClientDisconnect) -> Response:
-    return Response(status_code=400)  # for the log: nobody is there to read it
+    """Nobody is there to read it, unless they were taken to have gone."""
+    detail = "For too long nothing came: send the request again, or go on with the upload"
+    headers = {"Connection": "close"}  # The rest would be taken for another request.
+    title = "The request has not come to its end"
+    return problem(408, "request_timeout", title, detail, headers=headers)
 
 
 class Envelope:

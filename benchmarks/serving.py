@@ -8,8 +8,9 @@ checked, the alias looked up in the database, the answer calibrated. The others 
 this one that it does not bring itself, torch above all. They take turns, back and forth; a server
 runs in its own turn alone.
 
-Then of Skipline alone: whether `/healthz` waits behind predictions, whether good images suffer from
-damaged ones beside them, and 1,000 models of which 20 are asked for most.
+Then of Skipline alone: whether `/healthz` waits behind predictions, also where more clients ask
+than may wait, whether good images suffer from damaged ones beside them, and 1,000 models of which
+20 are asked for most.
 
     python -m benchmarks.serving [--rounds R] [--seconds S] [--only NAME ...] [--models N]
                                  [--environments FOLDER] [--json FILE]
@@ -643,11 +644,13 @@ def model_figures(
             seconds = time.perf_counter() - began
         _, loaded = server.answer(Call("/models/loaded", headers=authorized))
         grown = server.peak_bytes() - before
+    # Of a few models, the first time that each is asked for says most.
+    goal = 0.05 if num_hot >= 10 else None
     of_hot = [was_loaded for name, was_loaded in zip(chosen, loads, strict=True) if name in hot]
     return [
         Figure(f"{len(ids)} models, {num_hot} of them hot", num_requests / seconds, "requests/s"),
         Figure("requests that waited for a load", sum(loads) / len(loads), ""),
-        Figure("of those for hot models", sum(of_hot) / len(of_hot), "", at_most=0.05),
+        Figure("of those for hot models", sum(of_hot) / len(of_hot), "", at_most=goal),
         Figure("bytes of models in memory / allowed", loaded["num_bytes"] / room, "", at_most=1.0),
         Figure("memory grown / allowed for models", grown / room, "", at_most=1.5),
     ]

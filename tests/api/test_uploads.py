@@ -135,6 +135,28 @@ def test_a_part_that_is_broken_off_stays_and_is_gone_on_with(api: Any, wait_for:
     assert api.get(location).json()["offset"] == len(data)
 
 
+def test_who_falls_silent_within_a_part_makes_room_for_its_rest(
+    api: Any, wait_for: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = bytes(range(256)) * 20_000
+    location = announce(api, len(data))
+    host, _, port = api.url.removeprefix("http://").partition(":")
+    request = (
+        f"PATCH {location} HTTP/1.1\r\nHost: {host}\r\nUpload-Offset: 0\r\n"
+        f"Content-Type: {PART['Content-Type']}\r\nContent-Length: {len(data)}\r\n\r\n"
+    )
+    monkeypatch.setattr("api.bodies.SILENCE_SECONDS", 0.5)
+    with socket.create_connection((host, int(port)), timeout=20) as silent:
+        silent.sendall(request.encode() + data[:3_000_000])
+        answer = b""
+        while received := silent.recv(65536):  # until the server cuts the connection
+            answer += received
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        assert b'"code":"request_timeout"' in answer
+        assert int(api.head(location).headers["upload-offset"]) == 3_000_000
+        assert send(api, location, data[3_000_000:], 3_000_000).status_code == 204
+
+
 def test_two_cannot_write_at_once(
     api: Any, settings: Settings, assert_problem: Callable[..., Any]
 ) -> None:
