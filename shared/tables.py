@@ -64,6 +64,7 @@ class Job(Base):
         ),
         Index(None, "created_at", "id"),
         Index(None, "waits_for"),
+        Index(None, "checkpoint_id"),
         Index(None, "speed_key", "finished_at"),
     )
 
