@@ -504,6 +504,7 @@ def test_whole_predictions_are_measured_against_a_hand_written_endpoint(
             figures[f"Skipline, {clients}, p50"]["value"]
             <= (figures[f"Skipline, {clients}, p99"]["value"])
         )
+    assert figures["answered 429"]["value"] > 0
     assert figures["good images refused, of 75"]["value"] == 0
     assert figures["damaged images refused, of 75"]["value"] == 75
     assert figures["bytes of models in memory / allowed"]["is_met"]
