@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from skipline.cli import spec_input
-from skipline.cli.output import JsonOption, stdout
+from skipline.cli.output import JsonOption, stdout, writing
 from skipline.cli.sending import shown_progress
 from skipline.cli.watch import announce, stay
 from skipline.client import Skipline
@@ -65,6 +65,7 @@ def batch_predict(
             return
         stay(client, job, as_json)
         if output is not None:
-            client.save_predictions(job.id, output)
+            with writing(output):
+                client.save_predictions(job.id, output)
             if not as_json:
                 stdout().print(f"The answers are in {output}.", soft_wrap=True)

@@ -21,6 +21,7 @@ from skipline.cli.output import (
     print_json,
     stderr,
     stdout,
+    writing,
 )
 from skipline.cli.report import render_report
 from skipline.cli.watch import announce, watch_to_exit
@@ -195,7 +196,7 @@ def predictions(
     output: Annotated[Path, typer.Argument(help="The file to write: .csv, or else JSON.")],
 ) -> None:
     """Write what a batch prediction answered to a file."""
-    with Skipline() as client:
+    with Skipline() as client, writing(output):
         client.save_predictions(job_id, output)
     stdout().print(f"The answers are in {output}.", soft_wrap=True)
 

@@ -15,6 +15,7 @@ from skipline.cli.output import (
     print_json,
     print_sentence,
     stdout,
+    writing,
 )
 from skipline.cli.sending import shown_progress
 from skipline.cli.watch import stay
@@ -145,7 +146,8 @@ def export(
     safetensors to be taken in by another Skipline."""
     with Skipline() as client:
         try:
-            client.export_model(output, model, format=format)
+            with writing(output):
+                client.export_model(output, model, format=format)
         except ValueError as error:
             raise typer.BadParameter(str(error)) from None
     told = f"{output} has {format_bytes(output.stat().st_size)}."

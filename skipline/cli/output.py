@@ -6,9 +6,11 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from itertools import pairwise
+from pathlib import Path
 from typing import IO, Annotated, Any
 
 import typer
@@ -108,6 +110,15 @@ def print_error(error: SkiplineError, subject: str = "") -> None:
         grid.add_row(f"  {item.loc}", item.message)
     if error.errors:
         console.print(grid)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raises `SkiplineError` where `path` cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise SkiplineError(f"{path} cannot be written: {error}", code="not_written") from None
 
 
 def exit_code(error: SkiplineError) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from skipline.cli.output import writing
 from skipline.client import SkiplineError
 from skipline.plots import NothingToDraw, draw_curves
 from skipline.schemas import Metrics
@@ -31,7 +32,5 @@ def plot_metrics(metrics: Metrics, path: Path, title: str) -> None:
 
 def write_picture(path: Path, picture: bytes) -> None:
     """Raises `SkiplineError` for a file that cannot be written."""
-    try:
+    with writing(path):
         path.write_bytes(picture)
-    except OSError as error:
-        raise SkiplineError(f"{path} cannot be written: {error}", code="not_written") from None

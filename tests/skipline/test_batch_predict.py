@@ -72,6 +72,22 @@ def test_of_answers_that_are_refused_no_file_is_left(server: Server, tmp_path: P
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("command", [("jobs", "predictions", "job-1"), ("models", "export")])
+@pytest.mark.parametrize("place", ["nowhere/out.onnx", "file/out.onnx", "folder.onnx"])
+def test_a_file_that_cannot_be_written_is_one_sentence(
+    server: Server, tmp_path: Path, command: tuple[str, ...], place: str
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.onnx").mkdir()
+    server.on("GET /jobs/job-1/predictions", answer_json(BATCH_PREDICTIONS))
+    model = Answer(b"a model", content_type="application/octet-stream")
+    server.on("GET /models/production/export", model)
+    result = run(*command, str(tmp_path / place))
+    assert result.exit_code == 1, result.output
+    assert f"{place} cannot be written" in result.output
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "folder.onnx"}
+
+
 def test_a_folder_is_sent_first(predicting: Server, tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "one.png").write_bytes(b"an image")
