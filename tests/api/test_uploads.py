@@ -55,6 +55,18 @@ def send(api: Any, location: str, data: bytes, offset: int) -> Any:
     return api.patch(location, content=data, headers={**PART, "Upload-Offset": str(offset)})
 
 
+def begin_part(api: Any, location: str, data: bytes, num_bytes: int) -> socket.socket:
+    """A connection over which so many bytes were sent of a part that was to be all of `data`."""
+    host, _, port = api.url.removeprefix("http://").partition(":")
+    head = (
+        f"PATCH {location} HTTP/1.1\r\nHost: {host}\r\nUpload-Offset: 0\r\n"
+        f"Content-Type: {PART['Content-Type']}\r\nContent-Length: {len(data)}\r\n\r\n"
+    )
+    connection = socket.create_connection((host, int(port)), timeout=20)
+    connection.sendall(head.encode() + data[:num_bytes])
+    return connection
+
+
 def uploaded(api: Any, data: bytes = ARCHIVE, name: str = "pets.zip") -> str:
     """The id of a complete upload."""
     location = announce(api, len(data), name)
@@ -115,13 +127,7 @@ def test_what_is_spoken_is_told(sqlite_api: Any) -> None:
 def test_a_part_that_is_broken_off_stays_and_is_gone_on_with(api: Any, wait_for: Any) -> None:
     data = bytes(range(256)) * 20_000
     location = announce(api, len(data))
-    host, _, port = api.url.removeprefix("http://").partition(":")
-    request = (
-        f"PATCH {location} HTTP/1.1\r\nHost: {host}\r\nUpload-Offset: 0\r\n"
-        f"Content-Type: {PART['Content-Type']}\r\nContent-Length: {len(data)}\r\n\r\n"
-    )
-    with socket.create_connection((host, int(port))) as connection:
-        connection.sendall(request.encode() + data[:3_000_000])
+    begin_part(api, location, data, 3_000_000).close()
     # The server learns of it when it has read what came.
     offset = wait_for(lambda: int(api.head(location).headers["upload-offset"]), "bytes")
 
@@ -136,18 +142,12 @@ def test_a_part_that_is_broken_off_stays_and_is_gone_on_with(api: Any, wait_for:
 
 
 def test_who_falls_silent_within_a_part_makes_room_for_its_rest(
-    api: Any, wait_for: Any, monkeypatch: pytest.MonkeyPatch
+    api: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = bytes(range(256)) * 20_000
     location = announce(api, len(data))
-    host, _, port = api.url.removeprefix("http://").partition(":")
-    request = (
-        f"PATCH {location} HTTP/1.1\r\nHost: {host}\r\nUpload-Offset: 0\r\n"
-        f"Content-Type: {PART['Content-Type']}\r\nContent-Length: {len(data)}\r\n\r\n"
-    )
     monkeypatch.setattr("api.bodies.SILENCE_SECONDS", 0.5)
-    with socket.create_connection((host, int(port)), timeout=20) as silent:
-        silent.sendall(request.encode() + data[:3_000_000])
+    with begin_part(api, location, data, 3_000_000) as silent:
         answer = b""
         while received := silent.recv(65536):  # until the server cuts the connection
             answer += received
